@@ -1,0 +1,25 @@
+"""Handwritten digits of 8x8 pixels, from scikit-learn: the quick-start.
+
+python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits
+"""
+
+from dit_jax.config import base_config
+
+
+def get_config():
+    c = base_config()
+    c.steps = 3_400
+    c.batch_size = 64
+    c.ema_decay = 0.995
+    c.data.source = "digits"
+    c.data.flip = False
+    c.model.update(
+        input_size=8, patch_size=2, in_channels=1, num_classes=10, hidden_size=96, depth=4, num_heads=3, unroll=4
+    )
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.decay = "cosine"
+    c.checkpoint.every = 1_000
+    c.preview.every = 500
+    c.preview.count = 40
+    c.sample.update(sampler="ddim", steps=50, guidance=2.0, clip_denoised=True)
+    return c

@@ -1,0 +1,90 @@
+"""The checkpoints of a training run: Orbax, asynchronous, restored onto any mesh."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+
+from dit_jax.errors import InputError
+
+Tree = Any
+
+
+class Restored(NamedTuple):
+    """A checkpoint as read: its step, its record and its trees by name."""
+
+    step: int
+    record: dict
+    trees: dict[str, Tree]
+
+
+class CheckpointStore:
+    """Checkpoints of a run by step, each of several trees of arrays and a JSON record.
+
+    Trees are stored apart, so that sampling reads the averaged weights and nothing else. Every device writes its own
+    shards, and restoring follows the shardings asked for. A checkpoint appears whole or not at all.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int | None = None, keep_every: int = 0, write: bool = True):
+        """keep: newest checkpoints that stay; None keeps all. keep_every: steps whose multiples stay for ever.
+
+        write: whether this process is the one that saves here; it then clears away what a killed save left behind.
+        """
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            create=write,
+            cleanup_tmp_directories=write,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, trees: dict[str, Tree], record: dict) -> None:
+        """Start to write the checkpoint of `step`; returns as soon as the arrays may change again."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **items))
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def restore_newest(self, abstract: Callable[[dict], dict[str, Tree]]) -> Restored | None:
+        """The newest checkpoint that can be read, or None if there is none at all.
+
+        `abstract(record)` says which trees to read, as shapes, dtypes and shardings; it may raise InputError to refuse.
+        A checkpoint that cannot be read is passed over with a line on stderr. Raises InputError if all are so.
+        """
+        for step in self.steps():
+            try:
+                record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+                wanted = abstract(record)
+                items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+                trees = self._manager.restore(step, args=ocp.args.Composite(**items))
+                return Restored(step, record, {name: trees[name] for name in wanted})
+            except InputError:
+                raise
+            except Exception as error:  # Orbax and TensorStore share no base class for damage
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                path = self.folder / str(step)
+                print(f"warning: {path} cannot be read ({reason}); trying the one before", file=sys.stderr, flush=True)
+        if self.steps():
+            raise InputError(f"not one of the checkpoints {self.steps()} in {self.folder} can be read")
+        return None
+
+    def set_aside(self, step: int, folder: Path) -> None:
+        """Move a checkpoint that cannot be read out of the way, into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        (self.folder / str(step)).rename(target)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Block until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,146 @@
+"""Every setting once, with its meaning and unit: the network's (`DiTConfig`) and a training run's (`base_config`)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dit_jax.errors import InputError
+
+# depth, width, heads (Peebles & Xie 2023, table 1); the number after the slash is the patch size
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PRESETS = tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The network. Defaults are those of DiT-XL/2 on latents of 256-pixel images.
+
+    Raises InputError, when made, if the numbers do not go together.
+    """
+
+    input_size: int = 32
+    """Side of the square input, in latents or pixels."""
+    patch_size: int = 2
+    """Side of a patch; there are (input_size / patch_size)^2 tokens."""
+    in_channels: int = 4
+    """Channels of the input: 4 for latents, 3 or 1 for pixels."""
+    hidden_size: int = 1152
+    """Width of a token."""
+    depth: int = 28
+    """Number of blocks."""
+    num_heads: int = 16
+    """Attention heads, each hidden_size / num_heads wide."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer in widths of a token."""
+    class_dropout_prob: float = 0.1
+    """Probability that training replaces a label by the null class; 0 means that there is no null class."""
+    num_classes: int = 1000
+    """Number of classes, without the null class; 1 for an unconditional model."""
+    learn_sigma: bool = True
+    """Whether the network also predicts the variance, in as many channels again."""
+    dtype: str = "auto"
+    """Of matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU)."""
+    remat: str = "none"
+    """What the backward pass computes again: none, full (each whole block), or dots (all but matrix products)."""
+    unroll: int = 1
+    """Blocks in one iteration of the scan over depth: more compile longer and may run faster."""
+
+    def __post_init__(self):
+        for count in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, count) < 1:
+                raise InputError(f"{count}={getattr(self, count)}: expected at least 1")
+        if self.input_size % self.patch_size:
+            raise InputError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise InputError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads} and of 4"
+            )
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise InputError(f"class_dropout_prob={self.class_dropout_prob}: expected a probability")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
+        if self.remat not in ("none", "full", "dots"):
+            raise InputError(f"remat={self.remat!r}: expected none, full or dots")
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> "DiTConfig":
+        """One of the paper's twelve, `DiT-{S,B,L,XL}/{2,4,8}`, with other fields as given."""
+        if name not in PRESETS:
+            raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        size, patch = name.removeprefix("DiT-").split("/")
+        depth, hidden_size, num_heads = SIZES[size]
+        shape = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch))
+        return cls(**(shape | fields))
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: in_channels, or twice as many with a learned variance."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of matrix products, `auto` resolved for the default backend."""
+        if self.dtype == "auto":
+            return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(self.dtype)
+
+
+def base_config() -> ConfigDict:
+    """A training run with the released hyper-parameters of DiT; files in configs/ start here and say what differs.
+
+    Counts are in optimiser steps and in images; sizes in pixels, or latents where the model works on latents.
+    """
+    c = ConfigDict()
+    c.seed = 0  # of everything random: initial weights, order of the data, timesteps, noise, dropped labels
+    c.steps = 400_000
+    c.batch_size = 256  # images a step, over all devices
+    c.accumulate = 1  # parts that a batch is split into, one after the other, to save memory
+    c.ema_decay = 0.9999  # of the averaged weights, which start as a copy
+    c.model = ConfigDict(dataclasses.asdict(DiTConfig()))
+
+    c.diffusion = ConfigDict()
+    c.diffusion.schedule = "linear"  # or squaredcos_cap_v2
+    c.diffusion.steps = 1000
+    c.diffusion.prediction = "epsilon"  # or x_start
+    c.diffusion.variance = "learned_range"  # or fixed_large, fixed_small; learned needs model.learn_sigma
+    c.diffusion.loss = "mse"  # or rescaled_mse, kl, rescaled_kl
+
+    c.optimizer = ConfigDict()  # AdamW
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.warmup_steps = 0  # linear from 0
+    c.optimizer.decay = "constant"  # or cosine, to 0 at the last step
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0 does not clip
+
+    c.data = ConfigDict()
+    c.data.source = ""  # digits, mnist, folder:PATH, tfds:NAME@DIR or synthetic
+    c.data.flip = True  # mirror every second image, by chance
+    c.data.skip_corrupt = False  # replace images that cannot be read, and count them, instead of stopping
+    c.data.threads = 8  # that read ahead in this process
+    c.data.workers = 0  # processes that read ahead; 0 reads in this one
+
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices on each axis; -1 takes the rest
+
+    c.log_every = 100  # steps a line of metrics.jsonl and TensorBoard
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 5_000  # steps
+    c.checkpoint.keep = 3  # newest checkpoints that are kept
+    c.checkpoint.keep_every = 0  # steps whose multiples are kept for ever; 0 keeps none
+
+    c.preview = ConfigDict()  # pictures drawn by the averaged weights while training, as `sample` says
+    c.preview.every = 10_000  # steps; 0 draws none
+    c.preview.count = 16  # images; their labels count up
+
+    c.sample = ConfigDict()  # how pictures are drawn, unless the flags of dit_jax.sample say otherwise
+    c.sample.sampler = "ddpm"  # or ddim
+    c.sample.steps = 250
+    c.sample.guidance = 4.0  # 1 is none
+    c.sample.guidance_channels = 3  # guided channels of the noise, from the first; 0 guides all
+    c.sample.clip_denoised = False  # keep predictions within [-1, 1]; for pixels, not for latents
+    return c

@@ -1,0 +1,46 @@
+"""Classifier-free guidance."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.diffusion.gaussian import Denoiser
+from dit_jax.errors import InputError
+
+
+def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: int | None = 3) -> Denoiser:
+    """A denoiser with the labels bound, pushed away from what the model draws without a label.
+
+    epsilon = unconditional + scale * (conditional - unconditional) (Ho & Salimans 2022, eq. 6, w = scale - 1), on the
+    first `channels` noise channels; the other noise channels and those of the variance are the conditional ones.
+    Both halves run as one batch, [x; x] with [y; null class].
+
+    model: called as `model(x, t, y)`; its `config` tells in_channels, num_classes (the null class's id) and
+        class_dropout_prob.
+    y: (B,) labels.
+    scale: 1 is no guidance, and as a Python number costs no second half.
+    channels: 3 as DiT was released; None, or more than there are, guides all.
+    Raises InputError when the model has no null class and scale is not 1.
+    """
+    config, y = model.config, jnp.asarray(y)
+    if isinstance(scale, int | float) and scale == 1:
+        return lambda x, t: model(x, t, y)
+    if config.class_dropout_prob == 0:
+        raise InputError(
+            f"guidance scale is {scale}, but this model has no null class (class_dropout_prob=0); "
+            "use scale 1, or a model trained with label dropout."
+        )
+    if channels is not None and channels < 1:
+        raise InputError(f"channels is {channels}; expected the number of guided channels, or None for all.")
+    count = config.in_channels if channels is None else min(channels, config.in_channels)
+    labels = jnp.concatenate([y, jnp.full_like(y, config.num_classes)])
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        output = model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels)
+        # float32 before the difference, which the scale then magnifies.
+        conditional, unconditional = jnp.split(output.astype(jnp.float32), 2)
+        epsilon = unconditional[..., :count] + scale * (conditional - unconditional)[..., :count]
+        return jnp.concatenate([epsilon, conditional[..., count:]], axis=-1)
+
+    return denoise

@@ -1,0 +1,68 @@
+"""From labels and keys to pictures, in one compiled program."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dit_jax.config import DiTConfig
+from dit_jax.diffusion.gaussian import GaussianDiffusion
+from dit_jax.diffusion.guidance import guided
+from dit_jax.diffusion.samplers import ddim_sample, ddpm_sample, initial_noise
+from dit_jax.errors import InputError
+from dit_jax.models.dit import abstract_dit
+from dit_jax.parallel.sharding import shard_batch
+
+SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
+
+Generate = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def make_generate(
+    config: DiTConfig,
+    process: Mapping[str, Any],
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    guidance_channels: int,
+    clip_denoised: bool,
+) -> Generate:
+    """A jitted (params, labels (B,), keys (B,)) -> (B, H, W, C) uint8 pictures; image b depends on its key only.
+
+    Args:
+        config: the model's.
+        process: the diffusion it was trained with, as the fields of `config.diffusion`.
+        sampler: "ddpm" or "ddim".
+        steps: evenly spaced steps, of those of training.
+        guidance: scale; 1 is none.
+        guidance_channels: guided noise channels, from the first; 0 guides all.
+        clip_denoised: keep the predicted picture within [-1, 1] at every step; for pixels, not for latents.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    diffusion = GaussianDiffusion.create(respacing=str(steps), **process)
+    graph, _ = abstract_dit(config)
+    shape = (config.input_size, config.input_size, config.in_channels)
+
+    @jax.jit
+    def generate(params: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params)
+        denoise = guided(model, labels, scale=guidance, channels=guidance_channels or None)
+        x_T = shard_batch(initial_noise(keys, shape))
+        return to_uint8(SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised))
+
+    return generate
+
+
+def image_keys(seed: int, first: int, count: int) -> jax.Array:
+    """Keys of the images `first` to `first + count - 1` of a seed: (count,)."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1] -> 0..255, clipped and truncated as DiT's released sampling does."""
+    return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)

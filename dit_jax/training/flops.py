@@ -1,0 +1,43 @@
+"""Analytic cost of DiT, and the peak of the chips it runs on."""
+
+import jax
+
+from dit_jax.config import DiTConfig
+
+# Published dense bfloat16 peaks in FLOP/s a device, by a part of `device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def forward_macs(config: DiTConfig) -> int:
+    """Multiply-accumulates of one forward pass of one image: every matrix product, nothing else.
+
+    The paper's "Gflops" are these, in units of 1e9.
+    """
+    N, D = (config.input_size // config.patch_size) ** 2, config.hidden_size
+    mlp = int(config.mlp_ratio * D)
+    tokens = 3 * D * D + D * D + 2 * D * mlp  # qkv, proj, fc1 and fc2, for each token
+    attention = 2 * N * N * D  # scores and their product with the values
+    block = N * tokens + attention + 6 * D * D  # and adaLN, once for each image
+    patch_embed = N * config.patch_size**2 * config.in_channels * D
+    timestep_mlp = 256 * D + D * D
+    final_layer = 2 * D * D + N * D * config.patch_size**2 * config.out_channels
+    return patch_embed + timestep_mlp + config.depth * block + final_layer
+
+
+def train_flops(config: DiTConfig) -> int:
+    """FLOPs of training on one image: two a multiply-accumulate, forward once and backward twice, no recomputation."""
+    return 3 * 2 * forward_macs(config)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's peak in FLOP/s, or None where none is published (CPUs)."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)

@@ -1,0 +1,173 @@
+"""The training loop: one for every model, data set and mesh."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.config import DiTConfig
+from dit_jax.data.loader import Loader
+from dit_jax.data.sources import Source, open_source
+from dit_jax.diffusion.gaussian import GaussianDiffusion
+from dit_jax.errors import InputError
+from dit_jax.files import make_folder, replacing
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.parallel.sharding import batch_sharding
+from dit_jax.sampling.generate import image_keys, make_generate
+from dit_jax.sampling.pictures import save_grid
+from dit_jax.training import resume
+from dit_jax.training.flops import peak_flops, train_flops
+from dit_jax.training.metrics import NotFiniteError, TrainingLog
+from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.state import init_state
+from dit_jax.training.step import make_train_step
+
+
+class DivergedError(Exception):
+    """The loss or the gradient is not finite; the message names the step and the last good checkpoint."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> int:
+    """Train until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
+
+    Returns the step reached: less than `config.steps` after SIGTERM or Ctrl-C. Leaves in `workdir`: config.json,
+    checkpoints/, metrics.jsonl, tensorboard/ and previews/. Raises InputError where settings, data and checkpoint do
+    not fit together, and DivergedError.
+    """
+    mesh, source = make_mesh(config.mesh), open_source(config.data.source)
+    check(config, source, mesh)
+    workdir = make_folder(workdir)
+    store = CheckpointStore(
+        workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+    )
+    with closing(store), jax.set_mesh(mesh), stop_signals() as stopping:
+        step, state, interval = resume.restore(store, config, mesh) or (0, initial_state(config, mesh), None)
+        with replacing(workdir / "config.json") as temporary:
+            temporary.write_text(config.to_json_best_effort(indent=2))
+        train_step = jax.jit(make_train_step(config, GaussianDiffusion.create(**config.diffusion)), donate_argnums=0)
+        preview = make_preview(config, source, workdir / "previews")
+        loader, log = make_loader(config, source, mesh), make_log(config, workdir, mesh, step, interval)
+        with log, loader.batches(step) as batches:
+            try:
+                while step < config.steps:
+                    state, metrics = train_step(state, next(batches))
+                    step += 1
+                    log.dispatched(step, metrics)
+                    ending = stopping() or step == config.steps
+                    if due(step, config.preview.every):
+                        with log.pause():
+                            preview(step, state.ema)
+                    if ending or due(step, config.checkpoint.every):
+                        with log.pause():
+                            resume.save(store, step, state, config, source.class_names, log.interval)
+                    if ending:
+                        break
+            except NotFiniteError as error:
+                store.wait()
+                good = [str(store.folder / str(step)) for step in store.steps()[:1]]
+                raise DivergedError(f"{error}; last good checkpoint: {good[0] if good else 'none yet'}") from error
+        if loader.skipped:
+            print(f"{loader.skipped} images could not be read and were replaced by others")
+        store.wait()
+    return step
+
+
+def check(config: ConfigDict, source: Source, mesh: Mesh) -> None:
+    """Raise InputError for settings that are each right but do not fit together."""
+    model, classes = DiTConfig(**config.model), len(source.class_names)
+    if model.in_channels != source.channels:
+        raise InputError(
+            f"{config.data.source} has {source.channels} channels, the model {model.in_channels}: "
+            f"set --config.model.in_channels={source.channels}"
+        )
+    if model.num_classes not in (1, classes):
+        raise InputError(
+            f"{config.data.source} has {classes} classes, the model {model.num_classes}: "
+            f"set --config.model.num_classes={classes}, or 1 to train without labels"
+        )
+    if model.learn_sigma != (config.diffusion.variance == "learned_range"):
+        raise InputError(
+            f"model.learn_sigma={model.learn_sigma} does not go with diffusion.variance={config.diffusion.variance}: "
+            "learned_range needs learn_sigma=True, a fixed variance learn_sigma=False"
+        )
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size < 1 or config.accumulate < 1 or config.batch_size % (shards * config.accumulate):
+        raise InputError(
+            f"batch_size={config.batch_size} cannot be split over {shards} (data x fsdp) shards in "
+            f"{config.accumulate} parts: choose a multiple of {shards * config.accumulate}"
+        )
+
+
+def initial_state(config: ConfigDict, mesh: Mesh):
+    return init_state(DiTConfig(**config.model), make_optimizer(config), mesh, config.seed)
+
+
+def make_loader(config: ConfigDict, source: Source, mesh: Mesh) -> Loader:
+    return Loader(
+        source,
+        image_size=config.model.input_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        flip=config.data.flip,
+        skip_corrupt=config.data.skip_corrupt,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        sharding=batch_sharding(mesh),
+    )
+
+
+def make_log(config: ConfigDict, workdir: Path, mesh: Mesh, step: int, interval: dict | None) -> TrainingLog:
+    peak = peak_flops(mesh.devices.flat[0])
+    return TrainingLog(
+        workdir,
+        first_step=step,
+        last_step=config.steps,
+        log_every=config.log_every,
+        batch_size=config.batch_size,
+        flops_per_image=train_flops(DiTConfig(**config.model)),
+        peak_flops=peak and peak * mesh.size,
+        interval=interval,
+    )
+
+
+def make_preview(config: ConfigDict, source: Source, folder: Path) -> Callable[[int, dict], None]:
+    """A function (step, weights) that draws the same images, from the same noise, into `folder` each time."""
+    generate = make_generate(DiTConfig(**config.model), config.diffusion, **config.sample)
+    labels = np.arange(config.preview.count, dtype=np.int32) % config.model.num_classes
+    captions = [source.class_names[label] for label in labels]
+
+    def preview(step: int, params: dict) -> None:
+        images = generate(params, labels, image_keys(config.seed, 0, len(labels)))
+        save_grid(folder / f"{step:07d}.png", np.asarray(images), captions)
+
+    return preview
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM or Ctrl-C has come; a second one acts as if this were not here."""
+    received = []
+
+    def note(number: int, _) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        restore()

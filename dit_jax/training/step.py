@@ -1,0 +1,104 @@
+"""One training step: the loss of the diffusion, its gradient, AdamW, and the moving average."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dit_jax.config import DiTConfig
+from dit_jax.diffusion.gaussian import GaussianDiffusion
+from dit_jax.models.dit import abstract_dit
+from dit_jax.parallel.sharding import shard_batch
+from dit_jax.training.optimizer import learning_rate, make_optimizer
+from dit_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+class Examples(NamedTuple):
+    """A batch with everything random drawn: x (B,H,W,C), y (B,) with labels dropped, t (B,), noise (B,H,W,C)."""
+
+    x: jax.Array
+    y: jax.Array
+    t: jax.Array
+    noise: jax.Array
+
+
+def make_train_step(
+    config: ConfigDict, diffusion: GaussianDiffusion
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """The function (state, batch) -> (state, metrics), to be jitted; batch is {"x": (B,H,W,C), "y": (B,)}.
+
+    Timesteps, noise and dropped labels depend on the seed and the step number only, whatever the mesh. Metrics are
+    scalars of this step: loss, mse, vb, grad_norm, param_norm (before the update) and learning_rate.
+    """
+    model_config = DiTConfig(**config.model)
+    update = make_update(config, diffusion)
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        return update(state, draw(key, batch, model_config, diffusion.num_steps))
+
+    return train_step
+
+
+def draw(key: jax.Array, batch: dict[str, jax.Array], config: DiTConfig, num_steps: int) -> Examples:
+    """Draw the timesteps, the noise and the labels to drop for a batch."""
+    t_key, noise_key, drop_key = jax.random.split(key, 3)
+    x, y = batch["x"], batch["y"]
+    t = jax.random.randint(t_key, y.shape, 0, num_steps)
+    noise = jax.random.normal(noise_key, x.shape)
+    dropped = jax.random.bernoulli(drop_key, config.class_dropout_prob, y.shape)
+    return Examples(x, jnp.where(dropped, config.num_classes, y), t, shard_batch(noise))
+
+
+def make_update(
+    config: ConfigDict, diffusion: GaussianDiffusion
+) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
+    """The deterministic part of a step."""
+    graph, _ = abstract_dit(DiTConfig(**config.model))
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+
+    def loss_fn(params: dict, examples: Examples) -> tuple[jax.Array, Metrics]:
+        model = nnx.merge(graph, params)
+        terms = diffusion.losses(lambda x, t: model(x, t, examples.y), examples.x, examples.t, examples.noise)
+        terms = {name: values.mean() for name, values in terms.items()}
+        return terms["loss"], terms
+
+    def update(state: TrainState, examples: Examples) -> tuple[TrainState, Metrics]:
+        grads, terms = accumulated(jax.grad(loss_fn, has_aux=True), state.params, examples, config.accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - config.ema_decay)
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
+        metrics = terms | norms | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return update
+
+
+def accumulated(grad_fn: Callable, params: dict, examples: Examples, parts: int) -> tuple[dict, Metrics]:
+    """Mean gradient and terms over `parts` equal parts of the batch, one after the other in one scan.
+
+    A part takes every `parts`-th row, so that each device keeps the rows that it has.
+    """
+    if parts == 1:
+        return grad_fn(params, examples)
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+
+    def add(total: tuple, part: Examples) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, jax.tree.map(shard_batch, part))), None
+
+    split_examples = jax.tree.map(split, examples)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], split_examples)),
+    )
+    total, _ = jax.lax.scan(add, zeros, split_examples)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
