@@ -1,9 +1,12 @@
 """Files and folders on disk: made or refused in one line, and never half-written."""
 
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from dit_jax.errors import InputError
 
@@ -34,3 +37,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_npz(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz. Raises InputError if it is missing, damaged, or lacks one of them."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if lacking := [name for name in names if name not in arrays]:
+                raise InputError(f"{path} lacks the array {lacking[0]}; it holds {', '.join(arrays) or 'none'}")
+            return {name: arrays[name] for name in names}
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a whole .npz file ({error})") from error

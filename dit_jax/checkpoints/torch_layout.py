@@ -62,16 +62,16 @@ def from_state_dict(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> 
 def to_state_dict(model: DiT) -> dict[str, np.ndarray]:
     """The weights of a DiT as float32 arrays under the official names, `pos_embed` included."""
     config, params = model.config, flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
-    state_dict = {"pos_embed": _positions(config)}
+    state_dict = {"pos_embed": _positions(config).copy()}
     for entry in table(config):
         ours = np.asarray(params[entry.path])
         if "{i}" not in entry.name:
-            state_dict[entry.name] = np.ascontiguousarray(entry.to_torch(ours))
+            state_dict[entry.name] = np.array(entry.to_torch(ours), order="C")
     blocks = [entry for entry in table(config) if "{i}" in entry.name]
     for i in range(config.depth):
         for entry in blocks:
             ours = np.asarray(params[entry.path][i])
-            state_dict[entry.name.format(i=i)] = np.ascontiguousarray(entry.to_torch(ours))
+            state_dict[entry.name.format(i=i)] = np.array(entry.to_torch(ours), order="C")
     return {name: state_dict[name] for name in ("pos_embed", *_torch_names(config))}
 
 

@@ -1,16 +1,18 @@
 """Batches for training: the batch at step s is a function of (seed, s) alone, however many processes share it."""
 
+import atexit
 import collections
 import dataclasses
 import functools
 import itertools
 import multiprocessing
-import os
+import queue
 import signal
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any
 
 import grain
@@ -42,16 +44,17 @@ class Loader:
       flip: mirror each image left to right with probability 1/2.
       skip_corrupt: put the next readable record in the place of one that cannot be decoded, and count it in `skipped`,
         instead of stopping with CorruptImageError.
-      threads: that read, in this process.
-      workers: processes that read in the place of the threads; 0 for none. They are spawned: a script that uses them
-        needs its `if __name__ == "__main__"`.
+      threads: readers in this process.
+      workers: processes that read instead of the threads, 0 for none. They are spawned, so that a script that
+        uses them needs its `if __name__ == "__main__"`.
       sharding: of the batch axis, as NamedSharding(mesh, P(("data", "fsdp"))). Batches are then global jax.Arrays, and
         this process reads the rows that its own devices hold, wherever the mesh has put those.
       process_index, process_count: without a sharding, this process reads block `process_index` of `process_count`
         equal blocks of rows; jax's own by default.
 
     Raises:
-      InputError: batch_size is no multiple of the processes or of the shards, or the source is empty.
+      InputError: batch_size is no multiple of the processes or of the shards, a number is out of range, or the source
+        is empty.
     """
 
     def __init__(
@@ -69,12 +72,11 @@ class Loader:
         process_index: int | None = None,
         process_count: int | None = None,
     ):
-        if threads < 1 or workers < 0:
+        if min(image_size, batch_size, threads) < 1 or min(seed, workers) < 0:
             raise InputError(
-                f"found threads={threads}, workers={workers}: threads must be at least 1, workers 0 or more"
+                f"found image_size={image_size}, batch_size={batch_size}, seed={seed}, threads={threads}, "
+                f"workers={workers}: seed and workers must be 0 or more, the others 1 or more"
             )
-        if workers and not hasattr(signal, "sigtimedwait"):
-            raise InputError(f"found workers={workers}: worker processes need Linux, set workers=0 to read in threads")
         if not len(source):
             raise InputError(f"{source!r} holds no records: nothing to train on")
         self.source, self.batch_size, self.sharding = source, batch_size, sharding
@@ -126,11 +128,14 @@ class Batches(Iterator[Batch]):
 
     def __init__(self, loader: Loader, start_step: int):
         self._loader = loader
-        self._readers, read = _start_readers(loader)
-        self._assembler = ThreadPoolExecutor(1, "batches", _leave_signals_to_the_trainer)
-        self.close = weakref.finalize(self, _close, self._readers, self._assembler)
-        ahead = 2 * (loader.workers or loader.threads)
-        self._reads = _in_order(self._readers, read, loader.reads(start_step), ahead)
+        readers = loader.workers or loader.threads
+        workers = [_Workers(loader.workers, loader.open_records)] if loader.workers else []
+        read = workers[0].read if workers else functools.partial(_read, loader.open_records())
+        executor, self._assembler = ThreadPoolExecutor(readers, "read"), ThreadPoolExecutor(1, "batches")
+        self.close = weakref.finalize(self, _close, executor, self._assembler, *workers)
+        # After the hook of multiprocessing, to run before it: that one waits for workers that wait for this one.
+        atexit.register(self.close)
+        self._reads = _in_order(executor, read, loader.reads(start_step), 2 * readers)
         self._pending = collections.deque(self._next_batch() for _ in range(BATCHES_AHEAD))
 
     def __next__(self) -> Batch:
@@ -156,9 +161,9 @@ class Batches(Iterator[Batch]):
         self.close()
 
 
-def _close(*executors: Executor) -> None:
-    for executor in executors:
-        executor.shutdown(wait=True, cancel_futures=True)
+def _close(*parts: "Executor | _Workers") -> None:
+    for part in parts:
+        part.shutdown(wait=True, cancel_futures=True)
 
 
 def _in_order(
@@ -172,45 +177,67 @@ def _in_order(
             yield pending.popleft().result()
 
 
-def _leave_signals_to_the_trainer() -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group, but it is for the trainer to decide when reading
-    # ends. Worker processes inherit the mask of the thread that starts them, before they could ignore anything.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-
-
-def _start_readers(loader: Loader) -> tuple[Executor, Callable[[list[int]], Rows]]:
-    if not loader.workers:
-        executor = ThreadPoolExecutor(loader.threads, "read")
-        return executor, functools.partial(_read, loader.open_records())
-    spawn = multiprocessing.get_context("spawn")  # forking a process that runs JAX can deadlock it
-    return ProcessPoolExecutor(loader.workers, spawn, _start_worker, (loader.open_records,)), _read_in_worker
-
-
 def _read(records: grain.MapDataset, indices: list[int]) -> Rows:
     found = [records[index] for index in indices]
     return {name: np.stack([record[name] for record in found]) for name in found[0]}
 
 
-_worker_records: grain.MapDataset | None = None
+class _Workers:
+    """Processes that read, each at the end of a pipe of its own: whichever side dies, the other sees the pipe close."""
+
+    def __init__(self, count: int, open_records: Callable[[], grain.MapDataset]):
+        spawn = multiprocessing.get_context("spawn")  # forking a process that runs JAX can deadlock it
+        self._processes, self._connections, self._idle = [], [], queue.SimpleQueue()
+        # Ctrl-C and a scheduler's SIGTERM reach the whole process group, but it is for the trainer to decide when
+        # reading ends: workers inherit this mask, which the start of the resource tracker would lift again.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for _ in range(count):
+                ours, theirs = spawn.Pipe()
+                process = spawn.Process(target=_serve, args=(theirs, open_records), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._connections.append(ours)
+                self._idle.put(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def read(self, indices: list[int]) -> Rows:
+        connection = self._idle.get()
+        try:
+            connection.send(indices)
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                "a process that reads data has died, perhaps for lack of memory: lower workers"
+            ) from error
+        finally:
+            self._idle.put(connection)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def shutdown(self, **_) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join()
 
 
-def _start_worker(open_records: Callable[[], grain.MapDataset]) -> None:
-    trainer = multiprocessing.parent_process()
-
-    def end_with_trainer():
-        while trainer.is_alive():
-            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if received and received.si_pid == trainer.pid:
-                break
-        os._exit(1)
-
-    threading.Thread(target=end_with_trainer, daemon=True).start()
-    global _worker_records
-    _worker_records = open_records()
-
-
-def _read_in_worker(indices: list[int]) -> Rows:
-    return _read(_worker_records, indices)
+def _serve(connection: Connection, open_records: Callable[[], grain.MapDataset]) -> None:
+    records = open_records()
+    while True:
+        try:
+            indices = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = _read(records, indices)
+        except Exception as error:
+            answer = error
+        connection.send(answer)
 
 
 def _shuffled_records(
@@ -267,7 +294,7 @@ class _Flip(grain.transforms.MapWithIndex):
 
 
 def _block_of_rows(batch_size: int, index: int, count: int) -> list[int]:
-    if batch_size < 1 or batch_size % count:
+    if batch_size % count:
         raise InputError(
             f"batch_size={batch_size} cannot be split over {count} processes: choose a multiple of {count}"
         )

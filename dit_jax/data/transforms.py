@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from dit_jax.errors import InputError
+
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre crop of ADM (Dhariwal & Nichol 2021), which every published DiT was trained on.
@@ -25,13 +27,16 @@ def to_pixels(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     An array that already has the size is returned as it is, whatever its channels.
 
     Raises:
-      ValueError: an array of other than 1 or 3 channels would have to be resampled.
+      InputError: an array of other than 1 or 3 channels would have to be resampled.
     """
     if isinstance(image, np.ndarray):
         if image.shape[:2] == (size, size):
             return image
         if image.shape[2] not in (1, 3):
-            raise ValueError(f"an image of shape {image.shape} cannot be resized to {size}: 1 or 3 channels expected")
+            raise InputError(
+                f"an array of shape {image.shape} cannot be resized as an image: set image_size={image.shape[0]}, "
+                f"or use a source of 1 or 3 channels"
+            )
         image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     pixels = np.asarray(center_crop(image, size))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

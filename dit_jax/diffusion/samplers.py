@@ -114,8 +114,7 @@ def ddim_invert(
     x_0: jax.Array,
     clip_denoised: bool = False,
     num_steps: int | None = None,
-    trajectory_every: int | None = None,
-) -> Images:
+) -> jax.Array:
     """The noise from which `ddim_sample` with eta 0 draws x_0, nearly: the more steps, the nearer.
 
     Step i takes x from level i to i + 1 of the process by Song et al. 2021, eq. 14, x_0 counting as level 0.
@@ -136,7 +135,7 @@ def ddim_invert(
         return signal * x_start + direction * diffusion.epsilon_from_x_start(x, t, x_start)
 
     tables = [np.sqrt(following)[:count], np.sqrt(1.0 - following)[:count]]
-    return _scan(step, x_0, np.arange(count), tables, None, None, trajectory_every)
+    return _scan(step, x_0, np.arange(count), tables)
 
 
 def _scan(
@@ -144,9 +143,9 @@ def _scan(
     x: jax.Array,
     steps: np.ndarray,
     tables: Any,
-    keys: jax.Array | None,
-    noise: jax.Array | None,
-    trajectory_every: int | None,
+    keys: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    trajectory_every: int | None = None,
 ) -> Images:
     """Runs `x = step(x, t, row of tables, draw)` over `steps`; `draw()` is this step's noise."""
     x = jnp.asarray(x, jnp.float32)
@@ -156,9 +155,11 @@ def _scan(
             raise InputError(f"noise has shape {noise.shape}; expected {(len(steps), *x.shape)}, one draw a step.")
     elif keys is not None and len(keys) != len(x):
         raise InputError(f"there are {len(keys)} keys for {len(x)} images; expected one key an image.")
-    every = len(steps) if trajectory_every is None else trajectory_every
-    if every < 1 and trajectory_every is not None:
-        raise InputError(f"trajectory_every is {trajectory_every}; expected at least 1 step.")
+    states = None
+    if trajectory_every is not None:
+        if trajectory_every < 1:
+            raise InputError(f"trajectory_every is {trajectory_every}; expected at least 1 step.")
+        states = jnp.zeros((-(-len(steps) // trajectory_every), *x.shape), x.dtype)
 
     def body(carry, row):
         x, states = carry
@@ -166,12 +167,9 @@ def _scan(
         x = step(x, t, table, lambda: _draw(keys, i, x.shape[1:]) if given is None else given)
         if states is not None:
             # Each state overwrites the one before it until its k are over: no branch, and no more memory.
-            states = states.at[i // every].set(x)
+            states = states.at[i // trajectory_every].set(x)
         return (x, states), None
 
-    states = None
-    if trajectory_every is not None:
-        states = jnp.zeros((-(-len(steps) // every), *x.shape), x.dtype)
     tables = jax.tree.map(lambda table: jnp.asarray(table, jnp.float32), tables)
     rows = (jnp.arange(len(steps)), jnp.asarray(steps, jnp.int32), tables, noise)
     (x, states), _ = jax.lax.scan(body, (x, states), rows)

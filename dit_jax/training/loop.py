@@ -14,7 +14,6 @@ from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.config import DiTConfig
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
-from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.errors import InputError
 from dit_jax.files import make_folder, replacing
 from dit_jax.parallel.mesh import make_mesh
@@ -24,7 +23,6 @@ from dit_jax.sampling.pictures import save_grid
 from dit_jax.training import resume
 from dit_jax.training.flops import peak_flops, train_flops
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
-from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.state import init_state
 from dit_jax.training.step import make_train_step
 
@@ -47,10 +45,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
     with closing(store), jax.set_mesh(mesh), stop_signals() as stopping:
-        step, state, interval = resume.restore(store, config, mesh) or (0, initial_state(config, mesh), None)
+        step, state, interval = resume.restore(store, config, mesh) or (0, init_state(config, mesh), None)
         with replacing(workdir / "config.json") as temporary:
             temporary.write_text(config.to_json_best_effort(indent=2))
-        train_step = jax.jit(make_train_step(config, GaussianDiffusion.create(**config.diffusion)), donate_argnums=0)
+        train_step = make_train_step(config, mesh)
         preview = make_preview(config, source, workdir / "previews")
         loader, log = make_loader(config, source, mesh), make_log(config, workdir, mesh, step, interval)
         with log, loader.batches(step) as batches:
@@ -102,10 +100,6 @@ def check(config: ConfigDict, source: Source, mesh: Mesh) -> None:
             f"batch_size={config.batch_size} cannot be split over {shards} (data x fsdp) shards in "
             f"{config.accumulate} parts: choose a multiple of {shards * config.accumulate}"
         )
-
-
-def initial_state(config: ConfigDict, mesh: Mesh):
-    return init_state(DiTConfig(**config.model), make_optimizer(config), mesh, config.seed)
 
 
 def make_loader(config: ConfigDict, source: Source, mesh: Mesh) -> Loader:

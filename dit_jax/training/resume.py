@@ -11,9 +11,7 @@ from ml_collections import ConfigDict
 
 from dit_jax import __version__
 from dit_jax.checkpoints.store import CheckpointStore
-from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
-from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.state import TrainState, abstract_state
 
 # How the network is computed may change from one start to the next; what it is may not.
@@ -37,7 +35,7 @@ def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int
     Damaged checkpoints newer than that one are moved to `damaged/` beside `checkpoints/`, since their steps come
     again. Raises InputError if the checkpoint is of another architecture.
     """
-    wanted = abstract_state(DiTConfig(**config.model), make_optimizer(config), mesh)
+    wanted = abstract_state(config, mesh)
 
     def abstract(record: dict) -> dict:
         require_same_architecture(config, record["config"], store.folder)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dit_jax.config import DiTConfig
@@ -14,7 +15,7 @@ from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.sharding import shard_batch
 from dit_jax.training.optimizer import learning_rate, make_optimizer
-from dit_jax.training.state import TrainState
+from dit_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
 
@@ -29,21 +30,24 @@ class Examples(NamedTuple):
 
 
 def make_train_step(
-    config: ConfigDict, diffusion: GaussianDiffusion
+    config: ConfigDict, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The function (state, batch) -> (state, metrics), to be jitted; batch is {"x": (B,H,W,C), "y": (B,)}.
+    """The jitted step (state, batch) -> (state, metrics); batch is {"x": (B,H,W,C), "y": (B,)}, split over the mesh.
 
-    Timesteps, noise and dropped labels depend on the seed and the step number only, whatever the mesh. Metrics are
-    scalars of this step: loss, mse, vb, grad_norm, param_norm (before the update) and learning_rate.
+    The state is donated, and comes back as it lay on the mesh. Timesteps, noise and dropped labels depend on the
+    seed and the step number only, whatever the mesh. Metrics are scalars of this step: loss, mse, vb, grad_norm,
+    param_norm (before the update) and learning_rate.
     """
-    model_config = DiTConfig(**config.model)
+    model_config, diffusion = DiTConfig(**config.model), GaussianDiffusion.create(**config.diffusion)
     update = make_update(config, diffusion)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         return update(state, draw(key, batch, model_config, diffusion.num_steps))
 
-    return train_step
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
 def draw(key: jax.Array, batch: dict[str, jax.Array], config: DiTConfig, num_steps: int) -> Examples:
@@ -53,6 +57,8 @@ def draw(key: jax.Array, batch: dict[str, jax.Array], config: DiTConfig, num_ste
     t = jax.random.randint(t_key, y.shape, 0, num_steps)
     noise = jax.random.normal(noise_key, x.shape)
     dropped = jax.random.bernoulli(drop_key, config.class_dropout_prob, y.shape)
+    if config.num_classes == 1:
+        y = jnp.zeros_like(y)  # an unconditional model, whatever classes its images have
     return Examples(x, jnp.where(dropped, config.num_classes, y), t, shard_batch(noise))
 
 

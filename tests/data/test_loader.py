@@ -114,9 +114,7 @@ def test_flip_mirrors_half_of_the_images_and_nothing_else():
     coins = (mirrored == x[:, :, ::-1]).all(axis=(1, 2, 3)) & (_numbers(plain) > 0)
     np.testing.assert_array_equal(mirrored, np.where(coins[:, None, None, None], x[:, :, ::-1], x))
     assert 420 < coins.sum() < 580
-    # The coin is drawn for the place in the sequence, so that an image is not mirrored the same way in every epoch.
-    epochs = [dict(zip(_numbers(plain)[e : e + 250], coins[e : e + 250], strict=True)) for e in (0, 250)]
-    assert 50 < sum(epochs[0][n] != epochs[1][n] for n in range(250)) < 200
+    assert 75 < (coins[:250] != coins[250:500]).sum() < 175, "every epoch has coins of its own"
 
 
 def test_worker_processes_give_the_batches_of_threads():
@@ -228,7 +226,6 @@ def test_skipped_image_is_replaced_by_the_next_readable_one_and_counted(folder, 
     np.testing.assert_array_equal(np.round(red / 20), [n + 1 if n % 4 == 1 else n for n in plain])
     np.testing.assert_array_equal(np.concatenate([b["y"] for b in batches]), plain // 4)
     assert loader.skipped == 6
-    _assert_same(_take(loader, 2, start_step=2), batches[2:])
 
 
 def test_folder_of_corrupt_images_alone_is_an_error_and_no_endless_search(folder):
@@ -245,6 +242,21 @@ def test_label_outside_the_classes_is_told_with_its_record(label):
     source.labels[7] = label
     with pytest.raises(InputError, match=rf"record 7 of numbered has the label {label}: expected 0 to 4"):
         _take(_loader(source, 10), 1)
+
+
+@pytest.mark.parametrize(
+    "option", [{"batch_size": 0}, {"seed": -1}, {"threads": 0}, {"workers": -1}, {"image_size": 0}]
+)
+def test_number_out_of_range_is_refused(option):
+    (setting,) = (f"{name}={value}" for name, value in option.items())
+    with pytest.raises(InputError, match=setting):
+        Loader(_numbered(20), **({"image_size": 2, "batch_size": 4, "seed": 0} | option))
+
+
+def test_source_of_one_record_and_an_empty_one():
+    assert _numbers(_take(_loader(_numbered(1), 3), 1)).tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match="numbered holds no records"):
+        _loader(_numbered(0), 3)
 
 
 def test_batch_size_that_cannot_be_split_is_refused():
@@ -286,7 +298,9 @@ def test_threads_end_with_the_iterator(ending):
 
 
 CONSUMER = """
-import signal, sys
+import signal, sys, tempfile
+# The first finalizer of a program decides when all of them run at its end: here, after the hook of multiprocessing.
+first_finalizer = tempfile.TemporaryDirectory()
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import open_source
 
@@ -355,7 +369,7 @@ def test_interrupted_program_ends_at_once(consumer):
 
 
 def test_workers_read_on_when_a_signal_reaches_the_whole_process_group(consumer):
-    process = consumer(2, "read on")
+    process = consumer(1, "read on")
     os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=10)
@@ -369,8 +383,8 @@ def test_workers_end_when_their_parent_is_killed(consumer):
 
 
 def test_worker_that_is_killed_stops_the_run_and_does_not_hang_it(consumer):
-    process = consumer(2, "read")
+    process = consumer(1, "read")
     worker = next(child for child in _children(process.pid) if "spawn_main" in _command(child))
     os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=5)
-    assert process.returncode == 1 and "BrokenProcessPool" in errors
+    assert process.returncode == 1 and "a process that reads data has died" in errors

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.data.transforms import center_crop, normalise, to_pixels
+from dit_jax.errors import InputError
 
 
 def _box(x):
@@ -78,7 +79,7 @@ def test_array_of_another_size_is_cropped_like_an_image(channels):
 
 
 def test_four_channels_are_never_resampled_as_if_they_were_colours():
-    with pytest.raises(ValueError, match=r"\(20, 20, 4\)"):
+    with pytest.raises(InputError, match=r"\(20, 20, 4\)"):
         to_pixels(np.zeros((20, 20, 4), np.uint8), 8)
 
 

@@ -74,7 +74,7 @@ def test_halves_in_bfloat16_are_mixed_in_float32():
 def test_a_model_without_null_class_is_refused_unless_scale_is_one():
     model = FakeModel(class_dropout_prob=0.0)
     guided(model, Y, 1)(X, T)
-    with pytest.raises(InputError, match="scale is 1.5, but this model has no null class"):
+    with pytest.raises(InputError, match=r"scale is 1\.5, but this model has no null class"):
         guided(model, Y, 1.5)
 
 

@@ -1,0 +1,48 @@
+"""Judge generated images with a classifier of real ones: do they show the class that was asked for?
+
+For data sets small enough for scikit-learn, such as digits and mnist. The result is printed and written as JSON.
+
+Example:
+  python -m dit_jax.sample --weights=runs/digits --out=samples.npz --count=1000
+  python -m dit_jax.judge --samples=samples.npz --data=digits --out=judgement.json
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from dit_jax import cli
+
+SAMPLES = flags.DEFINE_string("samples", None, "The .npz of dit_jax.sample, with its labels.")
+DATA = flags.DEFINE_string("data", None, "The real images: what config.data.source was.")
+OUT = flags.DEFINE_string("out", None, "The JSON to write.")
+
+
+def main() -> None:
+    import numpy as np
+
+    from dit_jax.data.sources import open_source
+    from dit_jax.data.transforms import to_pixels
+    from dit_jax.evaluation.agreement import judge
+    from dit_jax.files import read_npz, replacing
+
+    arrays = read_npz(SAMPLES.value, ("arr_0", "labels"))
+    samples, labels = arrays["arr_0"], arrays["labels"]
+    source = open_source(DATA.value)
+    records = [source[i] for i in range(len(source))]
+    real = np.stack([to_pixels(record["image"], samples.shape[1]) for record in records])
+    real_labels = np.array([record["label"] for record in records])
+    judgement = judge(samples, labels, real, real_labels, source.class_names)
+    with replacing(OUT.value) as temporary:
+        temporary.write_text(json.dumps(judgement, indent=2) + "\n")
+    print(
+        f"{SAMPLES.value}: {judgement['agreement']:.1%} of {judgement['samples']} images show the class asked for; "
+        f"the classifier is right on {judgement['classifier_accuracy']:.1%} of held-out real ones; "
+        f"spread within a class {judgement['spread_ratio']:.2f} of the real one"
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["samples", "data", "out"])
+    cli.run(main)

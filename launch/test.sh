@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs the tests in an environment of their own making: bash launch/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare test
+echo "== running the tests"
+exec .venv/bin/python -m pytest "$@"

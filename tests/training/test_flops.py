@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dit_jax import DiT, DiTConfig
+from dit_jax.training.flops import forward_macs, peak_flops, train_flops
+
+GMACS = {  # FACTS: forward pass at 256 pixels
+    "DiT-S/2": 6.06,
+    "DiT-S/4": 1.41,
+    "DiT-S/8": 0.36,
+    "DiT-B/2": 23.01,
+    "DiT-B/4": 5.57,
+    "DiT-B/8": 1.42,
+    "DiT-L/2": 80.70,
+    "DiT-L/4": 19.70,
+    "DiT-L/8": 5.01,
+    "DiT-XL/2": 118.62,
+    "DiT-XL/4": 29.04,
+    "DiT-XL/8": 7.39,
+}
+
+
+@pytest.mark.parametrize(("name", "gmacs"), GMACS.items())
+def test_forward_pass_costs_what_the_paper_says(name, gmacs):
+    assert forward_macs(DiTConfig.preset(name)) / 1e9 == pytest.approx(gmacs, abs=0.00501)
+
+
+def test_xl_2_at_512_pixels_and_a_training_step():
+    assert forward_macs(DiTConfig.preset("DiT-XL/2", input_size=64)) / 1e9 == pytest.approx(524.54, abs=0.005)
+    assert train_flops(DiTConfig.preset("DiT-XL/2")) / 1e9 == pytest.approx(712, abs=0.5)
+
+
+def test_the_compiler_counts_the_same_matrix_products():
+    config = DiTConfig(input_size=16, patch_size=2, hidden_size=256, depth=1, num_heads=4, num_classes=10)
+    model = DiT(config, rngs=nnx.Rngs(0))
+    args = jnp.zeros((4, 16, 16, 4)), jnp.zeros(4), jnp.zeros(4, int)
+    counted = jax.jit(lambda *args: model(*args)).lower(*args).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(4 * 2 * forward_macs(config), rel=0.05)
+
+
+def test_a_cpu_has_no_published_peak():
+    assert peak_flops(jax.devices("cpu")[0]) is None
