@@ -123,7 +123,6 @@ def base_config() -> ConfigDict:
     c.data.flip = True  # mirror every second image, by chance
     c.data.skip_corrupt = False  # replace images that cannot be read, and count them, instead of stopping
     c.data.threads = 8  # that read ahead in this process
-    c.data.workers = 0  # processes that read ahead; 0 reads in this one
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices on each axis; -1 takes the rest
 

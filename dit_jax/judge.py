@@ -8,7 +8,6 @@ Example:
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 

@@ -24,7 +24,7 @@ class Record(TypedDict):
 
 
 class Source(Protocol):
-    """Labelled images by index, in an order that never changes. Picklable, and safe to read from many threads."""
+    """Labelled images by index, in an order that never changes. Safe to read from many threads."""
 
     class_names: tuple[str, ...]
     channels: int

@@ -14,7 +14,7 @@ def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: i
 
     epsilon = unconditional + scale * (conditional - unconditional) (Ho & Salimans 2022, eq. 6, w = scale - 1), on the
     first `channels` noise channels; the other noise channels and those of the variance are the conditional ones.
-    Both halves run as one batch, [x; x] with [y; null class].
+    Both halves run as one batch, each image next to itself, so that on a mesh no image leaves its device.
 
     model: called as `model(x, t, y)`; its `config` tells in_channels, num_classes (the null class's id) and
         class_dropout_prob.
@@ -34,12 +34,13 @@ def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: i
     if channels is not None and channels < 1:
         raise InputError(f"channels is {channels}; expected the number of guided channels, or None for all.")
     count = config.in_channels if channels is None else min(channels, config.in_channels)
-    labels = jnp.concatenate([y, jnp.full_like(y, config.num_classes)])
+    labels = jnp.stack([y, jnp.full_like(y, config.num_classes)], axis=1).reshape(-1)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        output = model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels)
+        output = model(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), labels)
         # float32 before the difference, which the scale then magnifies.
-        conditional, unconditional = jnp.split(output.astype(jnp.float32), 2)
+        pairs = output.astype(jnp.float32).reshape(-1, 2, *output.shape[1:])
+        conditional, unconditional = pairs[:, 0], pairs[:, 1]
         epsilon = unconditional[..., :count] + scale * (conditional - unconditional)[..., :count]
         return jnp.concatenate([epsilon, conditional[..., count:]], axis=-1)
 

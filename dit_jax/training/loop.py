@@ -40,18 +40,17 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     """
     mesh, source = make_mesh(config.mesh), open_source(config.data.source)
     check(config, source, mesh)
-    workdir = make_folder(workdir)
+    workdir = Path(workdir)
+    train_step, loader = make_train_step(config, mesh), make_loader(config, source, mesh)
+    preview = make_preview(config, source, workdir / "previews")
     store = CheckpointStore(
-        workdir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+        make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
     with closing(store), jax.set_mesh(mesh), stop_signals() as stopping:
         step, state, interval = resume.restore(store, config, mesh) or (0, init_state(config, mesh), None)
         with replacing(workdir / "config.json") as temporary:
             temporary.write_text(config.to_json_best_effort(indent=2))
-        train_step = make_train_step(config, mesh)
-        preview = make_preview(config, source, workdir / "previews")
-        loader, log = make_loader(config, source, mesh), make_log(config, workdir, mesh, step, interval)
-        with log, loader.batches(step) as batches:
+        with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
                     state, metrics = train_step(state, next(batches))
@@ -70,8 +69,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                 store.wait()
                 good = [str(store.folder / str(step)) for step in store.steps()[:1]]
                 raise DivergedError(f"{error}; last good checkpoint: {good[0] if good else 'none yet'}") from error
-        if loader.skipped:
-            print(f"{loader.skipped} images could not be read and were replaced by others")
+            if loader.skipped:
+                log.say(f"{loader.skipped} images could not be read; others took their places")
         store.wait()
     return step
 
@@ -111,7 +110,6 @@ def make_loader(config: ConfigDict, source: Source, mesh: Mesh) -> Loader:
         flip=config.data.flip,
         skip_corrupt=config.data.skip_corrupt,
         threads=config.data.threads,
-        workers=config.data.workers,
         sharding=batch_sharding(mesh),
     )
 

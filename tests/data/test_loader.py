@@ -1,4 +1,4 @@
-import gc
+import contextlib
 import itertools
 import os
 import signal
@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from dit_jax.data.loader import Loader
+from dit_jax.data.loader import READ_SIZE, Loader
 from dit_jax.data.sources import ArraySource, CorruptImageError, open_source
 from dit_jax.errors import InputError
 
@@ -117,25 +117,6 @@ def test_flip_mirrors_half_of_the_images_and_nothing_else():
     assert 75 < (coins[:250] != coins[250:500]).sum() < 175, "every epoch has coins of its own"
 
 
-def test_worker_processes_give_the_batches_of_threads():
-    source = open_source("synthetic:2x2x1")
-    options = {"flip": True}
-    with _loader(source, 40, workers=2, **options).batches(7) as batches:
-        _assert_same(list(itertools.islice(batches, 3)), _take(_loader(source, 40, **options), 3, start_step=7))
-        workers = [child for child in _children() if "spawn_main" in _command(child)]
-        assert len(workers) == 2
-    assert not set(workers) & set(_children())
-
-
-def _children(pid="self"):
-    tasks = f"/proc/{pid}/task"
-    return [int(c) for t in os.listdir(tasks) for c in open(f"{tasks}/{t}/children").read().split()]
-
-
-def _command(pid):
-    return open(f"/proc/{pid}/cmdline").read()
-
-
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 3, 6, 1, 4]])
 def test_sharded_batch_is_the_batch_of_one_process(order):
     mesh = Mesh(np.array(jax.devices())[order].reshape(4, 2), ("data", "tensor"))
@@ -199,12 +180,11 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_image_stops_the_run_at_its_own_step_with_its_path(folder, workers):
+def test_corrupt_image_stops_the_run_at_its_own_step_with_its_path(folder):
     source = open_source(f"folder:{folder}")
     order = _take(Loader(_numbered(12), image_size=2, batch_size=12, seed=3), 1)
     first = next(i for i, number in enumerate(_numbers(order)) if number % 4 == 1)
-    loader = Loader(source, image_size=8, batch_size=1, seed=3, workers=workers)
+    loader = Loader(source, image_size=8, batch_size=1, seed=3)
     with loader.batches(0) as batches:
         for _ in range(first):
             next(batches)
@@ -215,12 +195,9 @@ def test_corrupt_image_stops_the_run_at_its_own_step_with_its_path(folder, worke
             next(batches)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_skipped_image_is_replaced_by_the_next_readable_one_and_counted(folder, workers):
+def test_skipped_image_is_replaced_by_the_next_readable_one_and_counted(folder):
     plain = _numbers(_take(Loader(_numbered(12), image_size=2, batch_size=6, seed=3), 4))
-    loader = Loader(
-        open_source(f"folder:{folder}"), image_size=8, batch_size=6, seed=3, skip_corrupt=True, workers=workers
-    )
+    loader = Loader(open_source(f"folder:{folder}"), image_size=8, batch_size=6, seed=3, skip_corrupt=True)
     batches = _take(loader, 4)
     red = np.concatenate([(batch["x"][:, 0, 0, 0] + 1) * 127.5 for batch in batches])
     np.testing.assert_array_equal(np.round(red / 20), [n + 1 if n % 4 == 1 else n for n in plain])
@@ -244,9 +221,7 @@ def test_label_outside_the_classes_is_told_with_its_record(label):
         _take(_loader(source, 10), 1)
 
 
-@pytest.mark.parametrize(
-    "option", [{"batch_size": 0}, {"seed": -1}, {"threads": 0}, {"workers": -1}, {"image_size": 0}]
-)
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"seed": -1}, {"threads": 0}, {"image_size": 0}])
 def test_number_out_of_range_is_refused(option):
     (setting,) = (f"{name}={value}" for name, value in option.items())
     with pytest.raises(InputError, match=setting):
@@ -268,123 +243,77 @@ def test_batch_size_that_cannot_be_split_is_refused():
 
 
 class _Slow(ArraySource):
+    reads = 0
+
     def __getitem__(self, index):
-        time.sleep(0.01)
+        self.reads += 1
+        time.sleep(0.005)
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("ending", ["close", "with", "exception", "dropped"])
-def test_threads_end_with_the_iterator(ending):
-    numbered = _numbered(100)
-    loader = _loader(_Slow("slow", numbered.images, numbered.labels, numbered.class_names), 64, threads=4)
-    before = threading.active_count()
-    batches = loader.batches(0)
-    next(batches)
-    assert threading.active_count() > before
-    start = time.monotonic()
-    if ending == "close":
-        batches.close()
-    elif ending == "with":
-        with batches:
-            pass
-    elif ending == "exception":
-        with pytest.raises(KeyError), batches:
-            raise KeyError
-    else:
-        del batches
-        gc.collect()
-    assert threading.active_count() == before
-    assert time.monotonic() - start < 1
+@pytest.mark.parametrize("ending", ["with", "exception", "close", "dropped", "error of a reader"])
+def test_threads_end_with_the_batches_and_leave_what_they_had_not_begun(ending):
+    numbered = _numbered(200)
+    source = _Slow("slow", numbered.images, numbered.labels, numbered.class_names)
+    loader = _loader(source, 64)
+    before = set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        batches = loader.batches(0).__enter__() if ending == "dropped" else stack.enter_context(loader.batches(0))
+        next(batches)
+        readers = set(threading.enumerate()) - before
+        assert len(readers) == loader.threads
+        reads = source.reads
+        if ending == "exception":
+            with pytest.raises(KeyError), stack:
+                raise KeyError
+        elif ending == "with":
+            stack.close()
+        elif ending == "close":
+            batches.close()
+        elif ending == "dropped":
+            del batches
+        else:
+            source.labels = source.labels - 5
+            with pytest.raises(InputError, match="has the label"):
+                for _ in range(3):
+                    reads = source.reads
+                    next(batches)
+            reads += 64  # of the batch that failed, if all of it had been read
+        for thread in readers:
+            thread.join(timeout=5)
+        assert not any(thread.is_alive() for thread in readers)
+        assert source.reads <= reads + loader.threads * READ_SIZE
+        if ending in ("exception", "with", "close"):
+            with pytest.raises(StopIteration):
+                next(batches)
 
 
 CONSUMER = """
-import signal, sys, tempfile
-# The first finalizer of a program decides when all of them run at its end: here, after the hook of multiprocessing.
-first_finalizer = tempfile.TemporaryDirectory()
+import sys
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import open_source
 
-if __name__ == "__main__":
-    workers, then = int(sys.argv[1]), sys.argv[2]
-    loader = Loader(open_source("synthetic:64"), image_size=64, batch_size=256, seed=0, workers=workers)
-    received = set()
-    if then == "read on":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: received.add(number))
-    batches = loader.batches(0)
+with Loader(open_source("synthetic:64"), image_size=64, batch_size=256, seed=0).batches(0) as batches:
     next(batches)
     print("ready", flush=True)
-    if then == "raise":
+    if sys.argv[1] == "fail":
         raise RuntimeError("the consumer failed")
-    with batches:
-        while len(received) < 2:
-            next(batches)
-        for _ in range(10):
-            next(batches)
+    for batch in batches:
+        pass
 """
 
 
-@pytest.fixture
-def consumer(tmp_path):
-    script = tmp_path / "consumer.py"
-    script.write_text(CONSUMER)
-    started = []
-
-    def start(workers, then):
-        command = [sys.executable, script, str(workers), then]
-        process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
-        started.append(process)
+@pytest.mark.parametrize(
+    ("then", "code", "error"), [("fail", 1, "RuntimeError: the consumer failed\n"), ("read", -2, "KeyboardInterrupt\n")]
+)
+def test_program_that_fails_or_is_interrupted_ends_at_once_and_says_only_why(then, code, error):
+    process = subprocess.Popen([sys.executable, "-c", CONSUMER, then], stdout=-1, stderr=-1, text=True)
+    try:
         assert process.stdout.readline() == "ready\n"
-        return process
-
-    yield start
-    for process in started:
+        if then == "read":
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=5)
+    finally:
         process.kill()
-        _assert_group_ends(process)
-
-
-def _assert_group_ends(process):
-    """No process is left of the session that the consumer began."""
-    process.wait(timeout=5)
-    deadline = time.monotonic() + 5
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_program_that_fails_without_closing_ends_at_once_and_says_only_why(consumer, workers):
-    process = consumer(workers, "raise")
-    _, errors = process.communicate(timeout=5)
-    assert process.returncode == 1
-    assert errors.count("Traceback") == 1 and errors.endswith("RuntimeError: the consumer failed\n")
-
-
-def test_interrupted_program_ends_at_once(consumer):
-    process = consumer(0, "read")
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=5)
-    assert errors.count("Traceback") == 1 and errors.endswith("KeyboardInterrupt\n")
-
-
-def test_workers_read_on_when_a_signal_reaches_the_whole_process_group(consumer):
-    process = consumer(1, "read on")
-    os.killpg(process.pid, signal.SIGINT)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
-    assert (process.returncode, errors) == (0, "")
-
-
-def test_workers_end_when_their_parent_is_killed(consumer):
-    process = consumer(1, "read")
-    process.kill()
-    _assert_group_ends(process)
-
-
-def test_worker_that_is_killed_stops_the_run_and_does_not_hang_it(consumer):
-    process = consumer(1, "read")
-    worker = next(child for child in _children(process.pid) if "spawn_main" in _command(child))
-    os.kill(worker, signal.SIGKILL)
-    _, errors = process.communicate(timeout=5)
-    assert process.returncode == 1 and "a process that reads data has died" in errors
+    assert process.returncode == code
+    assert errors.count("Traceback") == 1 and errors.endswith(error)

@@ -1,5 +1,4 @@
 import io
-import pickle
 import struct
 import subprocess
 import sys
@@ -250,12 +249,6 @@ def test_tfds_split_version_and_prepared_folder_may_be_given(prepared):
     assert len(open_source(f"tfds:array_animals@{prepared}:train[:50%]")) == 3
     assert len(open_source(f"tfds:array_animals:1.2.0@{prepared}")) == 6
     assert len(open_source(f"tfds:array_animals@{prepared}/array_animals/1.2.0")) == 6
-
-
-def test_tfds_source_survives_the_way_to_a_worker(prepared):
-    source = open_source(f"tfds:encoded_animals@{prepared}")
-    copy = pickle.loads(pickle.dumps(source))
-    np.testing.assert_array_equal(np.asarray(copy[3]["image"]), np.asarray(source[3]["image"]))
 
 
 def test_libraries_are_imported_when_their_source_is_opened_and_tensorflow_never(prepared):

@@ -1,0 +1,52 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dit_jax import DiTConfig
+from dit_jax.models.dit import abstract_dit
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.parallel.sharding import batch_sharding, parameter_spec, shard_batch, state_sharding
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("blocks/mlp/fc1/kernel", (28, 1152, 4608), P(None, "fsdp", "tensor")),
+        ("blocks/mlp/fc2/kernel", (28, 4608, 1152), P(None, "tensor", "fsdp")),
+        ("blocks/attn/qkv/kernel", (28, 1152, 3, 1152), P(None, "fsdp", None, "tensor")),
+        ("blocks/attn/proj/bias", (28, 1152), P(None, "fsdp")),
+        ("blocks/adaLN_modulation/linear/kernel", (28, 1152, 6, 1152), P(None, "fsdp", None, None)),
+        ("y_embedder/embedding_table", (1001, 1152), P(None, "fsdp")),
+        ("final_layer/linear/bias", (33,), P(None)),
+        ("0/mu/blocks/mlp/fc1/kernel", (28, 1152, 4608), P(None, "fsdp", "tensor")),
+        ("blocks/mlp/fc1/bias", (4, 7), P(None, None)),
+    ],
+)
+def test_the_rule(path, shape, spec):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert parameter_spec(path, jax.ShapeDtypeStruct(shape, jnp.float32), mesh) == spec
+
+
+def test_xl_2_is_spread_evenly():
+    _, shapes = abstract_dit(DiTConfig.preset("DiT-XL/2"))
+    shardings = state_sharding(make_mesh({"data": 1, "fsdp": 8}), shapes)
+    sizes = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    total, held = 0, 0
+    for leaf, sharding in sizes:
+        total += math.prod(leaf.shape)
+        held += math.prod(sharding.shard_shape(leaf.shape))
+    assert held < 1.01 * total / 8
+
+
+def test_a_batch_is_split_over_data_and_fsdp():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    x = jax.device_put(jnp.zeros((8, 3)), batch_sharding(mesh))
+    assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3)}
+
+
+def test_outside_a_mesh_nothing_is_constrained():
+    x = jnp.ones((3, 2))
+    assert shard_batch(x) is x

@@ -1,0 +1,85 @@
+"""Pictures from labels and keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from goldens.cases import TINY, seeded_dit
+
+from dit_jax import GaussianDiffusion, ddpm_sample, guided
+from dit_jax.diffusion.samplers import initial_noise
+from dit_jax.errors import InputError
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.parallel.sharding import batch_sharding
+from dit_jax.sampling.generate import image_keys, make_generate, to_uint8
+
+PROCESS = {"schedule": "linear", "steps": 1000, "prediction": "epsilon", "variance": "learned_range", "loss": "mse"}
+SETTINGS = {"sampler": "ddpm", "steps": 4, "guidance": 2.0, "guidance_channels": 3, "clip_denoised": True}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nnx.to_pure_dict(nnx.state(seeded_dit(TINY), nnx.Param))
+
+
+@pytest.fixture(scope="module")
+def generate():
+    return make_generate(TINY, PROCESS, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def eight(generate, params):
+    return np.asarray(generate(params, np.arange(8, dtype=np.int32), image_keys(0, 0, 8)))
+
+
+def levels_apart(a, b):
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+def test_it_is_the_sampler_on_the_guided_model(eight):
+    y, keys = jnp.arange(8), image_keys(0, 0, 8)
+    denoise = guided(seeded_dit(TINY), y, scale=2.0, channels=3)
+    diffusion = GaussianDiffusion.create(respacing="4")
+    x = ddpm_sample(diffusion, denoise, initial_noise(keys, (8, 8, 4)), keys, clip_denoised=True)
+    assert levels_apart(np.asarray(to_uint8(x)), eight).max() <= 1
+
+
+def test_an_image_does_not_depend_on_its_batch(generate, params, eight):
+    parts = [
+        np.asarray(generate(params, np.arange(i, i + 2, dtype=np.int32), image_keys(0, i, 2))) for i in (0, 2, 4, 6)
+    ]
+    difference = levels_apart(np.concatenate(parts), eight)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_an_image_does_not_depend_on_the_devices(params, eight):
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        generate = make_generate(TINY, PROCESS, **SETTINGS)
+        labels = jax.device_put(np.arange(8, dtype=np.int32), batch_sharding(mesh))
+        images = generate(params, labels, jax.device_put(image_keys(0, 0, 8), batch_sharding(mesh)))
+    difference = levels_apart(np.asarray(images), eight)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_seeds_and_indices_give_different_images(generate, params, eight):
+    same_label = np.zeros(8, np.int32)
+    images = np.asarray(generate(params, same_label, image_keys(0, 0, 8)))
+    others = np.asarray(generate(params, same_label, image_keys(1, 0, 8)))
+    assert len(np.unique(np.concatenate([images, others]).reshape(16, -1), axis=0)) == 16
+
+
+def test_pixels_are_clipped_and_truncated():
+    x = jnp.array([-2.0, -1.0, -0.999, 0.0, 0.0039, 0.9999, 1.0, 3.0])
+    assert to_uint8(x).tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
+
+
+def test_unknown_sampler_is_refused():
+    with pytest.raises(InputError, match="ddpm, ddim"):
+        make_generate(TINY, PROCESS, **(SETTINGS | {"sampler": "euler"}))
+
+
+def test_more_steps_than_the_process_has_are_refused():
+    with pytest.raises(InputError, match="1001"):
+        make_generate(TINY, PROCESS, **(SETTINGS | {"steps": 1001}))

@@ -1,0 +1,193 @@
+"""The commands as a user types them: what they make, and the one line they say when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from dit_jax.files import read_npz
+
+SMALL = [
+    "--config.model.hidden_size=16",
+    "--config.model.depth=1",
+    "--config.model.num_heads=2",
+    "--config.batch_size=16",
+    "--config.log_every=5",
+    "--config.preview.every=0",
+    "--config.sample.steps=3",
+]
+
+
+def run(command: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", f"dit_jax.{command}", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+
+
+def refuses(told: str, command: str, *args: str) -> None:
+    """Exit status 2, nothing on stdout, and one line that begins with `error:` after whatever progress was shown."""
+    result = run(command, *args)
+    line = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2, result.stderr
+    assert line.startswith("error: ") and told in line
+    assert "Traceback" not in result.stderr and not result.stdout
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of crops of scikit-learn's sample photographs."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (folder / name).mkdir()
+        for i in range(12):
+            crop = Image.fromarray(photo).crop((40 * i, 20 * i, 40 * i + 160, 20 * i + 120))
+            crop.save(folder / name / f"{i:02d}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits")
+    result = run("train", "--config=configs/digits.py", f"--workdir={workdir}", "--config.steps=20", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "trained to step 20" in result.stdout
+    return workdir
+
+
+def test_photographs_from_a_folder_train_and_make_a_grid(tmp_path, photos):
+    workdir = tmp_path / "run"
+    result = run(
+        "train",
+        "--config=configs/folder.py",
+        f"--workdir={workdir}",
+        f"--config.data.source=folder:{photos}",
+        "--config.model.num_classes=2",
+        "--config.model.input_size=16",
+        "--config.steps=10",
+        *SMALL,
+    )
+    assert result.returncode == 0, result.stderr
+    result = run("sample", f"--weights={workdir}", f"--out={tmp_path / 'grid.png'}", "--labels=0,1", "--count=8")
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "grid.png").mode == "RGB"
+
+
+def test_the_same_images_whatever_the_batch_and_the_devices(tmp_path, digits_run):
+    images = []
+    for name, batch, devices in (("a", 20, 1), ("b", 6, 1), ("c", 20, 8)):
+        out = tmp_path / f"{name}.npz"
+        result = run(
+            "sample", f"--weights={digits_run}", f"--out={out}", "--count=20", f"--batch={batch}", devices=devices
+        )
+        assert result.returncode == 0, result.stderr
+        arrays = read_npz(out, ("arr_0", "labels"))
+        assert arrays["arr_0"].shape == (20, 8, 8, 1) and arrays["labels"].tolist() == [*range(10), *range(10)]
+        images.append(arrays["arr_0"].astype(int))
+    for other in images[1:]:
+        assert np.abs(other - images[0]).max() <= 1 and (other != images[0]).mean() < 1e-3
+
+
+def test_raw_weights_draw_other_images_into_a_folder(tmp_path, digits_run):
+    for ema in ("true", "false"):
+        out = tmp_path / ema
+        result = run("sample", f"--weights={digits_run}", f"--out={out}", f"--ema={ema}", "--labels=3,7", "--seed=5")
+        assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (tmp_path / "true").iterdir())
+    assert names == ["000000-3.png", "000001-7.png"]
+    assert any((tmp_path / "true" / n).read_bytes() != (tmp_path / "false" / n).read_bytes() for n in names)
+
+
+def test_the_judge_writes_what_it_prints(tmp_path, digits_run):
+    run("sample", f"--weights={digits_run}", f"--out={tmp_path / 'a.npz'}", "--count=40")
+    result = run("judge", f"--samples={tmp_path / 'a.npz'}", "--data=digits", f"--out={tmp_path / 'j.json'}")
+    assert result.returncode == 0, result.stderr
+    judgement = json.loads((tmp_path / "j.json").read_text())
+    assert f"{judgement['agreement']:.1%} of 40 images" in result.stdout
+    assert judgement["classifier_accuracy"] > 0.97
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "judge"])
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert f"python -m dit_jax.{command} --" in result.stdout
+
+
+def test_importing_the_package_imports_no_heavy_library():
+    heavy = {"torch", "tensorflow", "tensorflow_datasets", "grain", "orbax", "sklearn", "tensorboardX", "PIL", "scipy"}
+    script = f"import sys, dit_jax; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("told", "args"),
+    [
+        ("no config field", ["--config=configs/digits.py", "--config.stepz=3"]),
+        ("configs/none.py", ["--config=configs/none.py"]),
+        ("does not exist", ["--config=configs/digits.py", "--config.data.source=folder:/nowhere"]),
+        ("unexpected argument 'digits'", ["--config=configs/digits.py", "digits"]),
+        ("invalid literal", ["--config=configs/digits.py", "--config.steps=many"]),
+    ],
+)
+def test_train_refuses(tmp_path, told, args):
+    refuses(told, "train", f"--workdir={tmp_path / 'run'}", *args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    refuses(
+        "cannot write to the folder", "train", "--config=configs/digits.py", f"--workdir={tmp_path / 'file' / 'run'}"
+    )
+
+
+def test_train_refuses_an_empty_class_folder(tmp_path, photos):
+    (tmp_path / "data" / "empty").mkdir(parents=True)
+    (tmp_path / "data" / "full").symlink_to(photos / "china")
+    source = f"--config.data.source=folder:{tmp_path / 'data'}"
+    refuses("empty holds no images", "train", "--config=configs/folder.py", f"--workdir={tmp_path / 'run'}", source)
+
+
+def test_a_truncated_photograph_stops_the_run_or_is_replaced_and_counted(tmp_path, photos):
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for photo in (photos / "china").iterdir():
+            (tmp_path / "data" / label / photo.name).write_bytes(photo.read_bytes())
+    broken = tmp_path / "data" / "a" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    args = [
+        "--config=configs/folder.py",
+        f"--config.data.source=folder:{tmp_path / 'data'}",
+        "--config.model.num_classes=2",
+        "--config.model.input_size=16",
+        "--config.steps=6",
+        *SMALL,
+    ]
+    refuses(str(broken), "train", *args, f"--workdir={tmp_path / 'run'}")
+    result = run("train", *args, f"--workdir={tmp_path / 'other'}", "--config.data.skip_corrupt=true")
+    assert result.returncode == 0, result.stderr
+    assert "images could not be read; others took their places" in result.stderr
+
+
+def test_sample_refuses(tmp_path, digits_run):
+    out = f"--out={tmp_path / 'a.png'}"
+    refuses("0 to 9", "sample", f"--weights={digits_run}", out, "--labels=0,10")
+    refuses("nothing of that name", "sample", "--weights=/nowhere", out)
+    refuses("cannot write", "sample", f"--weights={digits_run}", "--out=/proc/none/a.png")
+    refuses("--steps", "sample", f"--weights={digits_run}", out, "--steps=0")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    refuses("no checkpoint yet", "sample", f"--weights={tmp_path / 'run'}", out)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_judge_refuses(tmp_path):
+    out = f"--out={tmp_path / 'j.json'}"
+    refuses("no file", "judge", f"--samples={tmp_path / 'none.npz'}", "--data=digits", out)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
+    refuses("lacks the array labels", "judge", f"--samples={tmp_path / 'a.npz'}", "--data=digits", out)
