@@ -22,8 +22,7 @@ class Entry(NamedTuple):
     name: str
     path: str
     to_torch: Callable[[np.ndarray], np.ndarray]
-    from_torch: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    """Takes PyTorch's array and our shape."""
+    from_torch: Callable[[np.ndarray], np.ndarray]
 
 
 def from_state_dict(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> DiT:
@@ -46,7 +45,7 @@ def from_state_dict(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> 
         wanted = entry.to_torch(np.broadcast_to(np.float32(0), shape)).shape
         if theirs.shape != wanted:
             raise InputError(f"{name} has shape {theirs.shape}; {_describe(config)} expects {wanted}")
-        return entry.from_torch(theirs, shape)
+        return entry.from_torch(theirs)
 
     params = {}
     for entry in table(config):
@@ -83,18 +82,13 @@ def table(config: DiTConfig) -> list[Entry]:
             "x_embedder.proj.weight",
             "x_embedder/proj/kernel",
             lambda ours: ours.reshape(p, p, C, -1).transpose(3, 2, 0, 1),
-            lambda theirs, shape: theirs.transpose(2, 3, 1, 0).reshape(shape),
+            lambda theirs: theirs.transpose(2, 3, 1, 0).reshape(p * p * C, -1),
         ),
-        _bias("x_embedder.proj", "x_embedder/proj"),
+        _same("x_embedder.proj.bias", "x_embedder/proj/bias"),
         *_linear("t_embedder.mlp.0", "t_embedder/mlp/fc1"),
         *_linear("t_embedder.mlp.2", "t_embedder/mlp/fc2"),
-        Entry(
-            "y_embedder.embedding_table.weight",
-            "y_embedder/embedding_table",
-            lambda ours: ours,
-            lambda theirs, shape: theirs,
-        ),
-        *_linear("blocks.{i}.attn.qkv", "blocks/attn/qkv"),
+        _same("y_embedder.embedding_table.weight", "y_embedder/embedding_table"),
+        *_qkv("blocks.{i}.attn.qkv", "blocks/attn/qkv", config.num_heads),
         *_linear("blocks.{i}.attn.proj", "blocks/attn/proj"),
         *_linear("blocks.{i}.mlp.fc1", "blocks/mlp/fc1"),
         *_linear("blocks.{i}.mlp.fc2", "blocks/mlp/fc2"),
@@ -105,23 +99,30 @@ def table(config: DiTConfig) -> list[Entry]:
 
 
 def _linear(name: str, path: str) -> list[Entry]:
-    """torch.nn.Linear keeps (out, in); ours is (in, *out), where out may be several axes."""
-    weight = Entry(
-        f"{name}.weight",
-        f"{path}/kernel",
-        lambda ours: ours.reshape(ours.shape[0], -1).T,
-        lambda theirs, shape: theirs.T.reshape(shape),
-    )
-    return [weight, _bias(name, path)]
+    """torch.nn.Linear keeps (out, in), ours is (in, out)."""
+    weight = Entry(f"{name}.weight", f"{path}/kernel", lambda ours: ours.T, lambda theirs: theirs.T)
+    return [weight, _same(f"{name}.bias", f"{path}/bias")]
 
 
-def _bias(name: str, path: str) -> Entry:
-    return Entry(
-        f"{name}.bias",
-        f"{path}/bias",
-        lambda ours: ours.reshape(-1),
-        lambda theirs, shape: theirs.reshape(shape),
-    )
+def _qkv(name: str, path: str, heads: int) -> list[Entry]:
+    """PyTorch's rows are [q; k; v], each by head; our columns are by head, each [q, k, v]."""
+
+    def to_torch(ours: np.ndarray) -> np.ndarray:
+        by_head = ours.T.reshape(heads, 3, -1, *ours.shape[:-1])
+        return by_head.swapaxes(0, 1).reshape(ours.T.shape)
+
+    def from_torch(theirs: np.ndarray) -> np.ndarray:
+        by_part = theirs.reshape(3, heads, -1, *theirs.shape[1:])
+        return by_part.swapaxes(0, 1).reshape(theirs.shape).T
+
+    return [
+        Entry(f"{name}.weight", f"{path}/kernel", to_torch, from_torch),
+        Entry(f"{name}.bias", f"{path}/bias", to_torch, from_torch),
+    ]
+
+
+def _same(name: str, path: str) -> Entry:
+    return Entry(name, path, lambda ours: ours, lambda theirs: theirs)
 
 
 def _torch_names(config: DiTConfig) -> list[str]:

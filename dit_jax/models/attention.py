@@ -9,19 +9,22 @@ from dit_jax.models.layers import Linear
 
 
 class SelfAttention(nnx.Module):
-    """Every patch attends to every patch; fused qkv with bias, scale head_dim^-0.5 (Vaswani et al. 2017, eq. 1)."""
+    """Every patch attends to every patch; fused qkv with bias, scale head_dim^-0.5 (Vaswani et al. 2017, eq. 1).
+
+    The columns of qkv are ordered by head, then [q, k, v]: a mesh that splits them evenly splits whole heads.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.qkv = Linear(width, (3, width), dtype=config.compute_dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, dtype=config.compute_dtype, rngs=rngs)
         self.proj = Linear(width, width, dtype=config.compute_dtype, rngs=rngs)
         self.num_heads = config.num_heads
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (B, N, D) -> (B, N, D)."""
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).reshape(B, N, self.num_heads, 3, D // self.num_heads)
+        q, k, v = qkv.transpose(3, 0, 2, 1, 4)
         out = dot_product_attention(q, k, v)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(B, N, D))
 

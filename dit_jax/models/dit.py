@@ -1,7 +1,7 @@
 """Diffusion Transformers (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748)."""
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from dit_jax.models.layers import Linear, Mlp, Modulation, layer_norm, modulate,
 from dit_jax.parallel.sharding import shard_batch
 
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -50,10 +49,11 @@ class DiT(nnx.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         tokens = shard_batch(self.x_embedder(x))
 
-        @partial(jax.checkpoint, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         def layer(tokens, block):
             return shard_batch(block(tokens, c)), None
 
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         tokens, _ = jax.lax.scan(layer, tokens, self.blocks, unroll=self.config.unroll)
         return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
 

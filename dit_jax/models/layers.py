@@ -1,6 +1,5 @@
 """Layers that DiT's modules share: Linear, LayerNorm, modulation. The precision policy is applied here."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -16,32 +15,28 @@ normal_002 = nnx.initializers.normal(0.02)
 class Linear(nnx.Module):
     """Affine map of the last axis, `x W + b`, its matrix product in `dtype`, its parameters float32.
 
-    `out_features` may be several axes: qkv is one matrix (D, 3D) for its initialisation, and (D, 3, D) in memory so
-    that a mesh can split its heads. Tokens are flattened around the product because a weight gradient that
-    contracts one axis is about twice as fast on a CPU as one that contracts two.
+    Tokens are flattened around the product: a weight gradient that contracts one axis is about twice as fast on a CPU
+    as one that contracts two.
     """
 
     def __init__(
         self,
         in_features: int,
-        out_features: int | tuple[int, ...],
+        out_features: int,
         *,
         dtype: jnp.dtype = jnp.float32,
         kernel_init: Initializer = xavier_uniform,
         rngs: nnx.Rngs,
     ):
-        out = (out_features,) if isinstance(out_features, int) else out_features
-        kernel = kernel_init(rngs.params(), (in_features, math.prod(out)))
-        self.kernel = nnx.Param(kernel.reshape(in_features, *out))
-        self.bias = nnx.Param(jnp.zeros(out))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (..., in_features) -> (..., *out_features) in `dtype`."""
+        """x: (..., in_features) -> (..., out_features) in `dtype`."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = jnp.tensordot(rows, kernel, axes=1) + bias
-        return y.reshape(*x.shape[:-1], *bias.shape)
+        return (rows @ kernel + bias).reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -60,12 +55,12 @@ class Modulation(nnx.Module):
     """SiLU and Linear from the condition to `chunks` vectors of the hidden width, zero at initialisation."""
 
     def __init__(self, hidden_size: int, chunks: int, *, rngs: nnx.Rngs):
-        self.linear = Linear(hidden_size, (chunks, hidden_size), kernel_init=zeros, rngs=rngs)
+        self.linear = Linear(hidden_size, chunks * hidden_size, kernel_init=zeros, rngs=rngs)
+        self.chunks = chunks
 
     def __call__(self, c: jax.Array) -> tuple[jax.Array, ...]:
         """c: (B, D) float32 -> `chunks` arrays (B, 1, D) float32."""
-        vectors = self.linear(nnx.silu(c))
-        return tuple(vectors[:, i, None, :] for i in range(vectors.shape[1]))
+        return tuple(jnp.split(self.linear(nnx.silu(c))[:, None, :], self.chunks, axis=-1))
 
 
 class Mlp(nnx.Module):

