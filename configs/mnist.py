@@ -8,7 +8,7 @@ from dit_jax.config import base_config
 
 def get_config():
     c = base_config()
-    c.steps = 4_000
+    c.steps = 3_000
     c.batch_size = 64
     c.ema_decay = 0.998
     c.data.source = "mnist"

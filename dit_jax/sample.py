@@ -39,7 +39,7 @@ def main() -> None:
     check_destination(OUT.value)
     mesh = make_mesh()
     weights = load_weights(WEIGHTS.value, "ema" if EMA.value else "model", NamedSharding(mesh, PartitionSpec()))
-    labels = choose_labels(LABELS.value, COUNT.value, weights.class_names[: weights.config.num_classes])
+    labels = choose_labels(LABELS.value, COUNT.value, weights.class_names)
     flagged = {
         "sampler": SAMPLER.value,
         "steps": STEPS.value,

@@ -1,5 +1,6 @@
 """Diffusion Transformers (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748)."""
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -9,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.config import DiTConfig
+from dit_jax.errors import InputError
 from dit_jax.models.attention import SelfAttention
-from dit_jax.models.layers import Linear, Mlp, Modulation, layer_norm, modulate, normal_002, zeros
+from dit_jax.models.layers import Linear, Mlp, Modulation, gelu_tanh, layer_norm, modulate, normal_002, zeros
 from dit_jax.parallel.sharding import shard_batch
 
 REMAT_POLICIES = {
@@ -45,7 +47,12 @@ class DiT(nnx.Module):
 
         Returns:
             (B, H, W, C) the predicted noise, or (B, H, W, 2C) with the variance's channels after it; float32.
+
+        Raises InputError for an x of another size or number of channels than the config's.
         """
+        size, channels = self.config.input_size, self.config.in_channels
+        if x.shape[1:] != (size, size, channels):
+            raise InputError(f"x has shape {x.shape}; this DiT expects (batch, {size}, {size}, {channels})")
         c = self.t_embedder(t) + self.y_embedder(y)
         tokens = shard_batch(self.x_embedder(x))
 
@@ -84,7 +91,7 @@ class DiTBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.attn = SelfAttention(config, rngs=rngs)
         width, hidden = config.hidden_size, int(config.mlp_ratio * config.hidden_size)
-        self.mlp = Mlp(width, hidden, width, activation=nnx.gelu, dtype=config.compute_dtype, rngs=rngs)
+        self.mlp = Mlp(width, hidden, width, activation=gelu_tanh, dtype=config.compute_dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(config.hidden_size, chunks=6, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
@@ -128,7 +135,7 @@ class PatchEmbed(nnx.Module):
 def unpatchify(tokens: jax.Array, patch_size: int) -> jax.Array:
     """tokens: (B, N, p * p * C), each a patch with its channels fastest -> (B, H, W, C) square images."""
     B, N, features = tokens.shape
-    p, side = patch_size, int(N**0.5)
+    p, side = patch_size, math.isqrt(N)
     patches = tokens.reshape(B, side, side, p, p, features // p**2)
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(B, side * p, side * p, -1)
 

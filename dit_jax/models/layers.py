@@ -39,6 +39,11 @@ class Linear(nnx.Module):
         return (rows @ kernel + bias).reshape(*x.shape[:-1], -1)
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016, sec. 2)."""
+    return nnx.gelu(x, approximate=True)
+
+
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """Normalise the last axis to mean 0 and variance 1, without affine parameters; float32 whatever x is."""
     x = x.astype(jnp.float32)

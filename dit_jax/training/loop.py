@@ -1,7 +1,7 @@
 """The training loop: one for every model, data set and mesh."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -42,7 +42,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     check(config, source, mesh)
     workdir = Path(workdir)
     train_step, loader = make_train_step(config, mesh), make_loader(config, source, mesh)
-    preview = make_preview(config, source, workdir / "previews")
+    # An unconditional model draws anything, whatever classes its images have.
+    class_names = source.class_names if config.model.num_classes > 1 else ("any",)
+    preview = make_preview(config, class_names, workdir / "previews")
     store = CheckpointStore(
         make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
@@ -62,7 +64,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                             preview(step, state.ema)
                     if ending or due(step, config.checkpoint.every):
                         with log.pause():
-                            resume.save(store, step, state, config, source.class_names, log.interval)
+                            resume.save(store, step, state, config, class_names, log.interval)
                     if ending:
                         break
             except NotFiniteError as error:
@@ -128,11 +130,11 @@ def make_log(config: ConfigDict, workdir: Path, mesh: Mesh, step: int, interval:
     )
 
 
-def make_preview(config: ConfigDict, source: Source, folder: Path) -> Callable[[int, dict], None]:
+def make_preview(config: ConfigDict, class_names: Sequence[str], folder: Path) -> Callable[[int, dict], None]:
     """A function (step, weights) that draws the same images, from the same noise, into `folder` each time."""
     generate = make_generate(DiTConfig(**config.model), config.diffusion, **config.sample)
     labels = np.arange(config.preview.count, dtype=np.int32) % config.model.num_classes
-    captions = [source.class_names[label] for label in labels]
+    captions = [class_names[label] for label in labels]
 
     def preview(step: int, params: dict) -> None:
         images = generate(params, labels, image_keys(config.seed, 0, len(labels)))

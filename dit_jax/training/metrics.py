@@ -49,7 +49,6 @@ class TrainingLog:
         self._late: tuple[int, dict[str, jax.Array]] | None = None
         self._timed_steps, self._clock = 0, None
         self._created = time.perf_counter()
-        self._first_step = first_step
         path = workdir / "metrics.jsonl"
         _drop_lines_after(path, first_step)
         self._file = path.open("a")
@@ -94,7 +93,7 @@ class TrainingLog:
         self.close()
 
     def _read(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        metrics = {name: float(value) for name, value in arrays.items()}
+        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
         if not all(math.isfinite(value) for value in metrics.values()):
             raise NotFiniteError(step, metrics)
         if self._clock is None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +19,9 @@ from dit_jax.training.state import TrainState, abstract_state
 COMPUTATION = {"dtype", "remat", "unroll"}
 
 
-def save(store: CheckpointStore, step: int, state: TrainState, config: ConfigDict, class_names, interval: dict) -> None:
+def save(
+    store: CheckpointStore, step: int, state: TrainState, config: ConfigDict, class_names: Sequence[str], interval: dict
+) -> None:
     """Start to write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line."""
     record = {
         "config": json.loads(config.to_json_best_effort()),

@@ -210,3 +210,14 @@ def test_impossible_configurations_are_refused(fields, told):
 def test_unknown_preset_lists_the_known():
     with pytest.raises(InputError, match="DiT-XL/2"):
         DiTConfig.preset("DiT-XXL/2")
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 4, 8, 8), (2, 16, 16, 4)])
+def test_an_input_of_another_shape_is_refused(shape):
+    with pytest.raises(InputError, match=r"expects \(batch, 8, 8, 4\)"):
+        seeded_dit(TINY)(jnp.zeros(shape), jnp.zeros(2), jnp.zeros(2, int))
+
+
+def test_two_models_of_one_config_share_a_compilation():
+    first, second = abstract_dit(TINY)[0], abstract_dit(TINY)[0]
+    assert first == second and hash(first) == hash(second)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dit_jax.checkpoints.files import load_dit
+from dit_jax import load_dit
 from dit_jax.config import base_config
 from dit_jax.errors import InputError
 from dit_jax.training import loop, resume
@@ -160,6 +160,14 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken, monkeypatch):
     train(small_config(**{"optimizer.decay": "constant"}, **eight), tmp_path / "straight")
     there, here = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("run", "straight"))
     np.testing.assert_allclose(there, here, rtol=1e-5)
+
+
+def test_an_unconditional_model_trains_on_labelled_images_and_previews_any_number(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    changes = {"model.num_classes": 1, "model.class_dropout_prob": 0.0, "sample.guidance": 1.0, "mesh.data": 8}
+    train(small_config(steps=3, **changes, **{"preview.every": 3, "preview.count": 5}), tmp_path)
+    assert (tmp_path / "previews" / "0000003.png").exists()
+    assert load_dit(tmp_path).to_state_dict()["y_embedder.embedding_table.weight"].shape == (1, 16)
 
 
 def test_the_step_is_compiled_once(tmp_path, monkeypatch):
