@@ -8,20 +8,21 @@ from dit_jax.config import base_config
 
 def get_config():
     c = base_config()
-    c.steps = 3_000
+    c.steps = 7_000
     c.batch_size = 64
     c.ema_decay = 0.998
     c.data.source = "mnist"
     c.data.flip = False
     c.data.threads = 1
     c.diffusion.schedule = "squaredcos_cap_v2"
+    c.diffusion.prediction = "x_start"  # learns the shape of a digit, which noise hides last, sooner than epsilon does
     c.model.update(
-        input_size=32, patch_size=4, in_channels=1, num_classes=10, hidden_size=128, depth=6, num_heads=4, unroll=6
+        input_size=32, patch_size=8, in_channels=1, num_classes=10, hidden_size=192, depth=4, num_heads=3, unroll=4
     )
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 200
     c.optimizer.decay = "cosine"
-    c.checkpoint.every = 500
+    c.checkpoint.every = 1_000
     c.preview.every = 1_000
     c.preview.count = 40
     c.sample.update(sampler="ddim", steps=50, guidance=2.0, clip_denoised=True)
