@@ -61,6 +61,9 @@ class CheckpointStore:
         `abstract(record)` says which trees to read, as shapes, dtypes and shardings; it may raise InputError to refuse.
         A checkpoint that cannot be read is passed over with a line on stderr. Raises InputError if all are so.
         """
+        if sys.unraisablehook is not _unheard_abandoned_reads:
+            _hooks.append(sys.unraisablehook)
+            sys.unraisablehook = _unheard_abandoned_reads
         for step in self.steps():
             try:
                 record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
@@ -95,6 +98,16 @@ class CheckpointStore:
 
     def close(self) -> None:
         self._manager.close()
+
+
+_hooks = []
+
+
+def _unheard_abandoned_reads(raised) -> None:
+    """When one array cannot be read, TensorStore's other reads end in the event loop that Orbax has closed by then, and
+    each would print a traceback over the one line that says what is wrong."""
+    if str(raised.exc_value) != "Event loop is closed":
+        _hooks[-1](raised)
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ SMALL = [
     "--config.log_every=5",
     "--config.preview.every=0",
     "--config.sample.steps=3",
+    "--config.checkpoint.every=10",
 ]
 
 
@@ -100,6 +102,16 @@ def test_raw_weights_draw_other_images_into_a_folder(tmp_path, digits_run):
     names = sorted(path.name for path in (tmp_path / "true").iterdir())
     assert names == ["000000-3.png", "000001-7.png"]
     assert any((tmp_path / "true" / n).read_bytes() != (tmp_path / "false" / n).read_bytes() for n in names)
+
+
+def test_a_damaged_newest_checkpoint_is_one_line_and_the_one_before_is_used(tmp_path, digits_run):
+    run_folder = tmp_path / "run"
+    shutil.copytree(digits_run, run_folder)
+    for path in (run_folder / "checkpoints" / "20").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:50])
+    result = run("sample", f"--weights={run_folder}", f"--out={tmp_path / 'a.png'}", "--labels=1")
+    assert result.returncode == 0 and "at step 10" in result.stdout
+    assert "checkpoints/20 cannot be read" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_judge_writes_what_it_prints(tmp_path, digits_run):
