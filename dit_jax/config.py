@@ -41,6 +41,10 @@ class DiTConfig:
     """Number of classes, without the null class; 1 for an unconditional model."""
     learn_sigma: bool = True
     """Whether the network also predicts the variance, in as many channels again."""
+    downscale_freq_shift: int = 0
+    """The timestep's frequencies fall as i / (128 - this); diffusers computes with 1."""
+    norm2_eps: float = 1e-6
+    """Epsilon of the LayerNorm before the MLP; diffusers computes with 1e-5."""
     dtype: str = "auto"
     """Of matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU)."""
     remat: str = "none"

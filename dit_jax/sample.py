@@ -1,4 +1,4 @@
-"""Draw pictures from a training run.
+"""Draw pictures with a training run, a file or folder of weights, or a name that dit_jax.download has fetched.
 
 Examples:
   python -m dit_jax.sample --weights=runs/digits --out=grid.png --labels=0,1,2 --steps=250 --guidance=4.0 --seed=0
@@ -11,14 +11,14 @@ from absl import flags
 
 from dit_jax import cli
 
-WEIGHTS = flags.DEFINE_string("weights", None, "Folder of a training run.")
+WEIGHTS = flags.DEFINE_string("weights", None, "A run, a file or folder of weights, or a name.")
 OUT = flags.DEFINE_string("out", None, "What to write: a grid (.png), arrays (.npz), or a folder of PNGs (else).")
 LABELS = flags.DEFINE_list("labels", None, "Class numbers, over and over up to --count. Default: every class in turn.")
 COUNT = flags.DEFINE_integer("count", None, "Images. Default: one a label.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 64, "Images drawn at once, over all devices.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
-EMA = flags.DEFINE_bool("ema", True, "Averaged weights; --ema=false takes the raw ones.")
-SAMPLER = flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "Default: as the run's config says, like all below.")
+EMA = flags.DEFINE_bool("ema", True, "Averaged weights, where there are two; --ema=false takes the raw ones.")
+SAMPLER = flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "Default: as the weights' record says, like all below.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
 CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guided channels, from the first; 0: all.", lower_bound=0)
@@ -31,15 +31,18 @@ def main() -> None:
     from jax.sharding import NamedSharding, PartitionSpec
     from tqdm import tqdm
 
-    from dit_jax.checkpoints.files import load_weights
+    from dit_jax.checkpoints.files import open_weights
     from dit_jax.parallel.mesh import make_mesh
     from dit_jax.sampling.generate import image_keys, make_generate
     from dit_jax.sampling.pictures import check_destination, save_pictures
 
     check_destination(OUT.value)
     mesh = make_mesh()
-    weights = load_weights(WEIGHTS.value, "ema" if EMA.value else "model", NamedSharding(mesh, PartitionSpec()))
-    labels = choose_labels(LABELS.value, COUNT.value, weights.class_names)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = lambda shapes: jax.tree.map(lambda _: everywhere, shapes)  # noqa: E731
+    weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated)
+    record, params = weights.record, weights.params(replicated)
+    labels = choose_labels(LABELS.value, COUNT.value, record.class_names)
     flagged = {
         "sampler": SAMPLER.value,
         "steps": STEPS.value,
@@ -47,18 +50,18 @@ def main() -> None:
         "guidance_channels": CHANNELS.value,
         "clip_denoised": CLIP.value,
     }
-    settings = dict(weights.run.sample) | {name: value for name, value in flagged.items() if value is not None}
+    settings = dict(record.sample) | {name: value for name, value in flagged.items() if value is not None}
     print(f"{len(labels)} images from {weights.origin}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
 
     batch = -(-min(BATCH.value, len(labels)) // mesh.size) * mesh.size
     padded = np.resize(labels, -(-len(labels) // batch) * batch)
     with jax.set_mesh(mesh):
-        generate = make_generate(weights.config, weights.run.diffusion, **settings)
+        generate = make_generate(record.model, record.diffusion, **settings)
         images = [
-            np.asarray(generate(weights.params, padded[i : i + batch], image_keys(SEED.value, i, batch)))
+            np.asarray(generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)))
             for i in tqdm(range(0, len(padded), batch), unit="batch")
         ]
-    save_pictures(OUT.value, np.concatenate(images)[: len(labels)], labels, weights.class_names)
+    save_pictures(OUT.value, np.concatenate(images)[: len(labels)], labels, record.class_names)
     print(f"wrote {OUT.value}")
 
 

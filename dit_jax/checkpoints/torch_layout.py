@@ -1,6 +1,7 @@
 """DiT under the names and shapes of the official PyTorch state dict, both ways from one table."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.models.dit import DiT, abstract_dit, sincos_positions
+
+Leaf = tuple[str, np.ndarray]
+"""A parameter of ours: its path, such as `blocks/attn/qkv/kernel`, and its values."""
 
 
 class Entry(NamedTuple):
@@ -31,47 +35,53 @@ def from_state_dict(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> 
     Raises InputError if a tensor is missing, extra, of another shape, or if `pos_embed` (which may be left out) is
     not the fixed table: positions are not trained.
     """
-    graph, abstract = abstract_dit(config)
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
-    _check_positions(config, state_dict)
-    expected = set(_torch_names(config))
-    if missing := sorted(expected - state_dict.keys()):
-        raise InputError(f"the state dict lacks {_some(missing)}, which {_describe(config)} has")
-    if extra := sorted(state_dict.keys() - expected - {"pos_embed"}):
-        raise InputError(f"the state dict holds {_some(extra)}, which {_describe(config)} does not have")
-
-    def convert(entry: Entry, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        theirs = np.asarray(state_dict[name], dtype=np.float32)
-        wanted = entry.to_torch(np.broadcast_to(np.float32(0), shape)).shape
-        if theirs.shape != wanted:
-            raise InputError(f"{name} has shape {theirs.shape}; {_describe(config)} expects {wanted}")
-        return entry.from_torch(theirs)
-
-    params = {}
-    for entry in table(config):
-        shape = shapes[entry.path]
-        if "{i}" in entry.name:
-            blocks = [convert(entry, entry.name.format(i=i), shape[1:]) for i in range(config.depth)]
-            params[entry.path] = jnp.asarray(np.stack(blocks))
-        else:
-            params[entry.path] = jnp.array(convert(entry, entry.name, shape))
+    graph, _ = abstract_dit(config)
+    params = {path: jnp.array(array) for path, array in to_leaves(config, dict(state_dict))}
     return nnx.merge(graph, unflatten_dict(params, sep="/"))
 
 
 def to_state_dict(model: DiT) -> dict[str, np.ndarray]:
     """The weights of a DiT as float32 arrays under the official names, `pos_embed` included."""
-    config, params = model.config, flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
-    state_dict = {"pos_embed": _positions(config).copy()}
-    for entry in table(config):
-        ours = np.asarray(params[entry.path])
-        if "{i}" not in entry.name:
-            state_dict[entry.name] = np.array(entry.to_torch(ours), order="C")
-    blocks = [entry for entry in table(config) if "{i}" in entry.name]
-    for i in range(config.depth):
-        for entry in blocks:
-            ours = np.asarray(params[entry.path][i])
-            state_dict[entry.name.format(i=i)] = np.array(entry.to_torch(ours), order="C")
-    return {name: state_dict[name] for name in ("pos_embed", *_torch_names(config))}
+    params = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
+    return from_leaves(model.config, params.items())
+
+
+def to_leaves(config: DiTConfig, state_dict: dict[str, np.ndarray]) -> Iterator[Leaf]:
+    """Our parameters, the small ones first, made one at a time from a state dict that is emptied on the way.
+
+    So no more than one parameter is in memory twice. Raises InputError, at once, as `from_state_dict` does.
+    """
+    _check(config, state_dict)
+    _, abstract = abstract_dit(config)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+
+    def leaves() -> Iterator[Leaf]:
+        for entry in sorted(table(config), key=lambda entry: math.prod(shapes[entry.path])):
+            leaf = np.empty(shapes[entry.path], np.float32)
+            if "{i}" in entry.name:
+                for i in range(config.depth):
+                    leaf[i] = entry.from_torch(state_dict.pop(entry.name.format(i=i)))
+            else:
+                leaf[...] = entry.from_torch(state_dict.pop(entry.name))
+            yield entry.path, leaf
+            del leaf  # before the next one is made
+
+    return leaves()
+
+
+def from_leaves(config: DiTConfig, leaves: Iterable[Leaf]) -> dict[str, np.ndarray]:
+    """The state dict, `pos_embed` included, in PyTorch's order, from parameters that may come one at a time."""
+    entries = {entry.path: entry for entry in table(config)}
+    state_dict = {"pos_embed": positions(config).copy()}
+    for path, leaf in leaves:
+        entry, leaf = entries[path], np.asarray(leaf)
+        if "{i}" in entry.name:
+            for i in range(config.depth):
+                state_dict[entry.name.format(i=i)] = np.array(entry.to_torch(leaf[i]), order="C")
+        else:
+            state_dict[entry.name] = np.array(entry.to_torch(leaf), order="C")
+        del leaf  # before the next one is read
+    return {name: state_dict[name] for name in ("pos_embed", *tensor_names(config))}
 
 
 def table(config: DiTConfig) -> list[Entry]:
@@ -125,8 +135,8 @@ def _same(name: str, path: str) -> Entry:
     return Entry(name, path, lambda ours: ours, lambda theirs: theirs)
 
 
-def _torch_names(config: DiTConfig) -> list[str]:
-    """The names of the state dict but `pos_embed`, block after block."""
+def tensor_names(config: DiTConfig) -> list[str]:
+    """The names of the state dict but `pos_embed`, block after block: the order of the PyTorch parameters."""
     entries = table(config)
     first_block = next(i for i, entry in enumerate(entries) if "{i}" in entry.name)
     blocks = [entry.name for entry in entries if "{i}" in entry.name]
@@ -137,25 +147,48 @@ def _torch_names(config: DiTConfig) -> list[str]:
     ]
 
 
-def _positions(config: DiTConfig) -> np.ndarray:
+def positions(config: DiTConfig) -> np.ndarray:
+    """The fixed table `pos_embed`, (1, N, D)."""
     return sincos_positions(config.hidden_size, config.input_size // config.patch_size)[None]
 
 
-def _check_positions(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> None:
-    if "pos_embed" not in state_dict:
-        return
-    theirs, ours = np.asarray(state_dict["pos_embed"], dtype=np.float32), _positions(config)
-    if theirs.shape != ours.shape:
-        raise InputError(f"pos_embed has shape {theirs.shape}; {_describe(config)} expects {ours.shape}")
-    if not np.allclose(theirs, ours, atol=1e-3):  # an EMA of it drifts by rounding
-        raise InputError("pos_embed is not the fixed sin-cos table: weights with trained positions are not DiT's")
-
-
-def _describe(config: DiTConfig) -> str:
+def describe(config: DiTConfig) -> str:
+    """The architecture for people."""
     return (
         f"a DiT with depth={config.depth}, hidden_size={config.hidden_size}, patch_size={config.patch_size}, "
         f"in_channels={config.in_channels}, num_classes={config.num_classes}, input_size={config.input_size}"
     )
+
+
+def _check(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError, naming the tensors, unless the state dict is that of the architecture."""
+    expected = _shapes(config)
+    if missing := [name for name in expected if name not in state_dict and name != "pos_embed"]:
+        raise InputError(f"the state dict lacks {_some(missing)}, which {describe(config)} has")
+    if extra := sorted(state_dict.keys() - expected):
+        raise InputError(f"the state dict holds {_some(extra)}, which {describe(config)} does not have")
+    if wrong := [
+        f"{name} has shape {state_dict[name].shape} where {shape} is expected"
+        for name, shape in expected.items()
+        if name in state_dict and state_dict[name].shape != shape
+    ]:
+        raise InputError(f"the state dict is not of {describe(config)}: {_some(wrong)}")
+    # An average of the table drifts by rounding.
+    if "pos_embed" in state_dict and not np.allclose(state_dict["pos_embed"], positions(config), atol=1e-3):
+        raise InputError("pos_embed is not the fixed sin-cos table: weights with trained positions are not DiT's")
+
+
+def _shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state dict."""
+    _, abstract = abstract_dit(config)
+    shapes = {"pos_embed": positions(config).shape}
+    entries = {entry.name: entry for entry in table(config)}
+    ours = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+    for name, entry in entries.items():
+        shape = ours[entry.path][1:] if "{i}" in name else ours[entry.path]
+        theirs = entry.to_torch(np.broadcast_to(np.float32(0), shape)).shape
+        shapes |= {name.format(i=i): theirs for i in range(config.depth)} if "{i}" in name else {name: theirs}
+    return shapes
 
 
 def _some(names: list[str], shown: int = 3) -> str:

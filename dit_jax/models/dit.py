@@ -93,12 +93,13 @@ class DiTBlock(nnx.Module):
         width, hidden = config.hidden_size, int(config.mlp_ratio * config.hidden_size)
         self.mlp = Mlp(width, hidden, width, activation=gelu_tanh, dtype=config.compute_dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(config.hidden_size, chunks=6, rngs=rngs)
+        self.norm2_eps = config.norm2_eps
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """x: (B, N, D) tokens, c: (B, D) condition -> (B, N, D) in the dtype of x."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         x = (x + gate_msa * self.attn(modulate(layer_norm(x), shift_msa, scale_msa))).astype(x.dtype)
-        return (x + gate_mlp * self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))).astype(x.dtype)
+        return (x + gate_mlp * self.mlp(modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp))).astype(x.dtype)
 
 
 class FinalLayer(nnx.Module):
@@ -148,16 +149,21 @@ class TimestepEmbedder(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width, init = config.hidden_size, normal_002
         self.mlp = Mlp(self.num_frequencies, width, width, activation=nnx.silu, kernel_init=init, rngs=rngs)
+        self.downscale_freq_shift = config.downscale_freq_shift
 
     def __call__(self, t: jax.Array) -> jax.Array:
         """t: (B,) timesteps in 0..999 -> (B, D) float32."""
-        return self.mlp(timestep_embedding(t, self.num_frequencies))
+        return self.mlp(timestep_embedding(t, self.num_frequencies, downscale_freq_shift=self.downscale_freq_shift))
 
 
-def timestep_embedding(t: jax.Array, num_frequencies: int, max_period: float = 10000.0) -> jax.Array:
+def timestep_embedding(
+    t: jax.Array, num_frequencies: int, max_period: float = 10000.0, downscale_freq_shift: int = 0
+) -> jax.Array:
     """t: (B,) -> (B, num_frequencies) float32, cosines first, then sines, of t times falling frequencies."""
     half = num_frequencies // 2
-    exponents = -np.float32(np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    exponents = (
+        -np.float32(np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - downscale_freq_shift)
+    )
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)  # float32's own exp is an ulp off, times 999
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -20,14 +20,24 @@ COMPUTATION = {"dtype", "remat", "unroll"}
 
 
 def save(
-    store: CheckpointStore, step: int, state: TrainState, config: ConfigDict, class_names: Sequence[str], interval: dict
+    store: CheckpointStore,
+    step: int,
+    state: TrainState,
+    config: ConfigDict,
+    class_names: Sequence[str],
+    interval: dict | None,
+    **provenance: str,
 ) -> None:
-    """Start to write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line."""
+    """Start to write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line.
+
+    `provenance` goes into the record: where a state that was not trained here comes from.
+    """
     record = {
         "config": json.loads(config.to_json_best_effort()),
         "class_names": list(class_names),
         "interval": interval,
         "dit_jax": __version__,
+        **provenance,
     }
     store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flax import nnx
 from goldens.cases import TINY
-from reference.dit import DiT as TorchDiT
+from reference.dit import twin
 
 from dit_jax import DiT, DiTConfig
 from dit_jax.errors import InputError
@@ -24,19 +24,18 @@ def weights():
 
 @pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
 def test_pytorch_takes_our_state_dict_strictly_and_gives_it_back(config):
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "remat", "unroll")}
-    twin = TorchDiT(**fields)
+    network = twin(config)
     ours = DiT(config, rngs=nnx.Rngs(1)).to_state_dict()
-    twin.load_state_dict({name: torch.from_numpy(a) for name, a in ours.items()}, strict=True)
-    assert list(twin.state_dict()) == list(ours)
-    back = DiT.from_state_dict(config, {name: a.numpy() for name, a in twin.state_dict().items()}).to_state_dict()
+    network.load_state_dict({name: torch.from_numpy(a) for name, a in ours.items()}, strict=True)
+    assert list(network.state_dict()) == list(ours)
+    back = DiT.from_state_dict(config, {name: a.numpy() for name, a in network.state_dict().items()}).to_state_dict()
     assert all(np.array_equal(ours[name], back[name]) for name in ours)
 
 
 def test_xl_2_has_the_keys_of_the_released_file():
-    from dit_jax.checkpoints.torch_layout import _torch_names
+    from dit_jax.checkpoints.torch_layout import tensor_names
 
-    assert len(_torch_names(DiTConfig.preset("DiT-XL/2"))) + 1 == 292
+    assert len(tensor_names(DiTConfig.preset("DiT-XL/2"))) + 1 == 292
 
 
 def test_positions_may_be_left_out_or_have_drifted(weights):

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from goldens.cases import TINY, relative_error
 from goldens.seeded import seeded_weights
-from reference.dit import DiT as TorchDiT
+from reference.dit import twin
 
 from dit_jax import DiT
 from dit_jax.models.dit import abstract_dit
@@ -24,15 +24,14 @@ from dit_jax.models.dit import abstract_dit
     ],
 )
 def test_output_and_gradients_are_those_of_the_pytorch_twin(config):
-    fields = dataclasses.asdict(config)
-    twin = TorchDiT(**{name: fields[name] for name in fields if name not in ("dtype", "remat", "unroll")})
-    shapes = {name: tuple(p.shape) for name, p in twin.named_parameters() if name != "pos_embed"}
+    network = twin(config)
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if name != "pos_embed"}
     weights = seeded_weights(shapes)
-    twin.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()}, strict=False)
+    network.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()}, strict=False)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, config.in_channels, config.input_size, config.input_size), dtype=np.float32)
     t, y = np.array([0, 400, 999]), np.array([0, 1, 2]) % config.num_classes
-    theirs = twin(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(y))
+    theirs = network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(y))
     theirs.square().sum().backward()
 
     def loss(model):
@@ -43,6 +42,6 @@ def test_output_and_gradients_are_those_of_the_pytorch_twin(config):
     assert relative_error(ours, np.moveaxis(theirs.detach().numpy(), 1, -1)) < 5e-6
     graph, _ = abstract_dit(config)
     for name, ours in nnx.merge(graph, nnx.to_pure_dict(grads)).to_state_dict().items():
-        theirs = dict(twin.named_parameters())[name].grad
+        theirs = dict(network.named_parameters())[name].grad
         if name != "pos_embed" and "qkv.bias" not in name:  # a key's bias has no gradient but rounding
             assert relative_error(ours, theirs.numpy()) < 2e-5, name

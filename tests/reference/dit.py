@@ -5,6 +5,7 @@ the names, shapes and order of a released checkpoint. Labels are never dropped h
 guidance labels replaces them by the null class (id `num_classes`) before the call.
 """
 
+import inspect
 import math
 
 import torch
@@ -71,6 +72,11 @@ class DiT(nn.Module):
         """tokens: (B, N, p*p*C) with the channel fastest -> (B, C, H, W)."""
         pixels = tokens.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.grid, self.grid))
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def twin(config) -> DiT:
+    """The PyTorch network of a `DiTConfig`."""
+    return DiT(**{name: getattr(config, name) for name in inspect.signature(DiT).parameters})
 
 
 class Block(nn.Module):

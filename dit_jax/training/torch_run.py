@@ -1,0 +1,173 @@
+"""A training run moved whole between PyTorch and here: weights, their average, AdamW's moments and its step count."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dit_jax.checkpoints import architecture, torch_layout
+from dit_jax.checkpoints.record import Record
+from dit_jax.checkpoints.store import CheckpointStore, Restored
+from dit_jax.checkpoints.tensor_files import (
+    PICKLES,
+    RECORD,
+    from_torch,
+    import_torch,
+    read_pickle,
+    to_torch,
+    write_pickle,
+)
+from dit_jax.config import DiTConfig, base_config
+from dit_jax.errors import InputError
+from dit_jax.files import digest, replacing_folder
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.training import resume
+from dit_jax.training.optimizer import learning_rate
+from dit_jax.training.state import TrainState, abstract_state
+
+MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # PyTorch's names and optax's
+
+
+def export_run(workdir: str | Path, path: Path) -> int:
+    """Write the newest checkpoint of a run as what the official `train.py` saves: `model`, `ema` and `opt`.
+
+    Returns its step. The file holds tensors and plain values only. Raises InputError if there is nothing to read.
+    """
+    restored = _restore(Path(workdir))
+    config = ConfigDict(restored.record["config"])
+    model = DiTConfig(**config.model)
+    opt = restored.trees.pop("opt")
+    moments = {theirs: _state_dict(model, optax.tree.get(opt, ours)) for theirs, ours in MOMENTS.items()}
+    del opt
+    content = {name: to_torch(_state_dict(model, restored.trees.pop(name))) for name in ("model", "ema")}
+    content["opt"] = _optimizer_state(config, restored.step, content["model"], moments)
+    content[RECORD] = Record(
+        model,
+        config.diffusion.to_dict(),
+        config.sample.to_dict(),
+        restored.record["class_names"],
+        step=restored.step,
+        source=Path(workdir).name,
+        sha256=digest(Path(workdir) / "checkpoints" / str(restored.step)),
+    ).to_json()
+    write_pickle(path, content)
+    return restored.step
+
+
+def import_run(path: Path, workdir: str | Path, **known: int) -> int:
+    """Make a run that resumes from a checkpoint of the official `train.py`, or of `export_run`. Returns its step.
+
+    `known` is heard where the shapes leave something open (`architecture.infer`). Settings that the file tells, those
+    of AdamW among them, become the run's config; a config that differs says so when the run resumes. Raises InputError
+    if the file is not whole, lacks a part, or `workdir` is there already.
+    """
+    content = read_pickle(path)
+    if lacking := [name for name in ("model", "ema", "opt") if name not in content]:
+        raise InputError(f"{path} has no {lacking[0]!r}: expected a training checkpoint with model, ema and opt")
+    record = content.get(RECORD)
+    try:
+        names = list(content["model"])
+        shapes = {name: tuple(tensor.shape) for name, tensor in content["model"].items()}
+        model = Record.from_json(record).model if record else architecture.infer(shapes, **known)
+        step, moments = _moments(content["opt"], names)
+        params, ema, mu, nu = (
+            _params(model, from_torch(state_dict, path)[0])
+            for state_dict in (content.pop("model"), content.pop("ema"), *moments)
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    config = _config(model, content)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state(config, _one_device()).opt_state)
+    opt_state = optax.tree.set(zeros, mu=mu, nu=nu, count=np.int32(step))
+    class_names = record["class_names"] if record else [str(label) for label in range(model.num_classes)]
+    with replacing_folder(workdir) as folder:
+        store = CheckpointStore(folder / "checkpoints")
+        state = TrainState(jnp.int32(step), params, ema, opt_state)
+        resume.save(store, step, state, config, class_names, interval=None, source=path.name, sha256=digest(path))
+        store.close()
+    return step
+
+
+def is_torch_run(path: Path) -> bool:
+    """Whether this is a file with the state of a training run."""
+    return path.suffix in PICKLES and {"model", "ema", "opt"} <= set(read_pickle(path, device="meta"))
+
+
+def _restore(workdir: Path) -> Restored:
+    def abstract(record: dict) -> dict:
+        state = abstract_state(ConfigDict(record["config"]), _one_device())
+        return {"model": state.params, "ema": state.ema, "opt": state.opt_state}
+
+    store = CheckpointStore(workdir / "checkpoints", write=False)
+    try:
+        restored = store.restore_newest(abstract)
+    finally:
+        store.close()
+    if restored is None:
+        raise InputError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+    return restored
+
+
+def _one_device() -> Mesh:
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def _state_dict(model: DiTConfig, params: dict) -> dict[str, np.ndarray]:
+    return torch_layout.from_leaves(model, flatten_dict(params, sep="/").items())
+
+
+def _params(model: DiTConfig, state_dict: dict[str, np.ndarray]) -> dict:
+    return unflatten_dict(dict(torch_layout.to_leaves(model, state_dict)), sep="/")
+
+
+def _optimizer_state(config: ConfigDict, step: int, weights: dict, moments: dict[str, dict]) -> dict[str, Any]:
+    """AdamW's state dict: parameters by number, in the order of the model's; `pos_embed`, not trained, has none."""
+    torch = import_torch("writing AdamW's state")
+    c = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [torch.nn.Parameter(tensor) for tensor in weights.values()],
+        lr=float(learning_rate(config)(step)),
+        betas=(c.b1, c.b2),
+        eps=c.eps,
+        weight_decay=c.weight_decay,
+    )
+    numbers = {name: number for number, name in enumerate(weights) if name != "pos_embed"}
+    state = {
+        number: {"step": torch.tensor(float(step))}
+        | {moment: torch.from_numpy(arrays[name]) for moment, arrays in moments.items()}
+        for name, number in numbers.items()
+    }
+    return optimizer.state_dict() | {"state": state if step else {}}
+
+
+def _moments(opt: Any, names: list[str]) -> tuple[int, Iterator[dict]]:
+    """The step, and AdamW's two moments as state dicts. Raises InputError if they are not those of the parameters."""
+    try:
+        numbers = [number for group in opt["param_groups"] for number in group["params"]]
+        by_name = {name: opt["state"].get(number) for name, number in zip(names, numbers, strict=True)}
+        of_trained = {name: entry for name, entry in by_name.items() if name != "pos_embed"}
+        step = max(int(entry["step"]) for entry in of_trained.values())
+        return step, ({name: entry[moment] for name, entry in of_trained.items()} for moment in MOMENTS)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'opt' is not the state of AdamW for the parameters of 'model' ({error!r})") from error
+
+
+def _config(model: DiTConfig, content: dict) -> ConfigDict:
+    """The released config with what the checkpoint tells."""
+    config, args, (group, *_) = base_config(), content.get("args"), content["opt"]["param_groups"]
+    known = Record.from_json(content[RECORD]) if RECORD in content else Record.of(model)
+    config.model.update(known.to_json()["model"])
+    config.diffusion.update(known.diffusion)
+    config.sample.update(known.sample)
+    config.optimizer.update(learning_rate=group["lr"], b1=group["betas"][0], b2=group["betas"][1], eps=group["eps"])
+    config.optimizer.weight_decay = float(group["weight_decay"])
+    config.batch_size = getattr(args, "global_batch_size", config.batch_size)
+    config.seed = getattr(args, "global_seed", config.seed)
+    return config
