@@ -85,6 +85,16 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def mlp_width(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(self.mlp_ratio * self.hidden_size)
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table: the classes, and the null class if there is one."""
+        return self.num_classes + (self.class_dropout_prob > 0)
+
+    @property
     def compute_dtype(self) -> jnp.dtype:
         """The dtype of matrix products, `auto` resolved for the default backend."""
         if self.dtype == "auto":
@@ -103,6 +113,7 @@ def base_config() -> ConfigDict:
     c.batch_size = 256  # images a step, over all devices
     c.accumulate = 1  # parts that a batch is split into, one after the other, to save memory
     c.ema_decay = 0.9999  # of the averaged weights, which start as a copy
+    c.init_from = ""  # weights to start from, of any kind that `load_dit` reads; "" starts from noise
     c.model = ConfigDict(dataclasses.asdict(DiTConfig()))
 
     c.diffusion = ConfigDict()

@@ -17,7 +17,7 @@ from absl import flags
 from dit_jax import cli
 
 WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "model"], "Of a source that has both. Default: ema.")
-NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Where no preset has this depth and width.", lower_bound=1)
+NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Default: the paper's for this depth and width.", lower_bound=1)
 NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "As many as label rows: no null class.", lower_bound=1)
 INPUT_SIZE = flags.DEFINE_integer("input_size", None, "Where there is no pos_embed.", lower_bound=1)
 

@@ -22,7 +22,7 @@ def infer(
     The arguments are heard where shapes leave something open:
 
     Args:
-        num_heads: of a depth and width that are none of the paper's.
+        num_heads: default: those of the paper's model of this depth and width.
         num_classes: as many as the label table has rows mean that there is no null class; else its last row is that.
         input_size: if there is no `pos_embed`.
 
@@ -65,7 +65,7 @@ def _heads(depth: int, hidden_size: int, num_heads: int | None) -> int:
             f"no preset has depth {depth} and width {hidden_size}, and shapes do not tell the number of heads: "
             "pass --num_heads"
         )
-    return known[0] if known else num_heads
+    return num_heads or known[0]
 
 
 def _input_size(positions: tuple[int, ...] | None, patch_size: int, input_size: int | None) -> int:

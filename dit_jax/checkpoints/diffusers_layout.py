@@ -1,6 +1,7 @@
 """DiT as diffusers keeps it: other names, fused matrices apart, the embedders copied into every block."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,8 @@ def read_folder(folder: Path) -> Folder:
     Raises InputError if a file is missing or damaged, the network is not a DiT, or the copies of an embedder differ.
     """
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    if not (transformer / "config.json").is_file():
+        raise InputError(f"{folder} holds no weights: no record.json, no checkpoints of a run, no config.json of diffusers")
     config = _read_json(transformer / "config.json")
     if config.get("_class_name") not in CLASS_NAMES:
         raise InputError(f"{transformer} holds a {config.get('_class_name')}; expected one of {', '.join(CLASS_NAMES)}")
@@ -150,9 +153,8 @@ def from_official(state_dict: dict[str, np.ndarray], depth: int) -> dict[str, np
 
 def transformer_config(config: DiTConfig) -> dict[str, Any]:
     """The `config.json` of a DiT. Raises InputError for one that diffusers has no setting for."""
-    if int(config.mlp_ratio * config.hidden_size) != 4 * config.hidden_size:
+    if config.mlp_width != 4 * config.hidden_size:
         raise InputError(f"mlp_ratio={config.mlp_ratio}: diffusers has 4 built in")
-    rows = config.num_classes + (config.class_dropout_prob > 0)
     return FIXED | {
         "_class_name": CLASS_NAMES[0],
         "num_attention_heads": config.num_heads,
@@ -163,7 +165,7 @@ def transformer_config(config: DiTConfig) -> dict[str, Any]:
         "num_layers": config.depth,
         "sample_size": config.input_size,
         "patch_size": config.patch_size,
-        "num_embeds_ada_norm": rows - 1,  # it always adds a row for the null class
+        "num_embeds_ada_norm": config.label_rows - 1,  # it always adds a row for the null class
         "norm_eps": config.norm2_eps,
     }
 
@@ -188,14 +190,14 @@ def _read_process(path: Path) -> dict[str, Any]:
     """The fields of `config.diffusion` that a scheduler's config tells."""
     config = _read_json(path)
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    steps = config.get("num_train_timesteps", 1000)
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     if schedule not in ("linear", "squaredcos_cap_v2") or prediction not in predictions:
         raise InputError(f"{path} has beta_schedule={schedule!r}, prediction_type={prediction!r}: not one of DiT's")
-    return {
-        "schedule": schedule,
-        "steps": config.get("num_train_timesteps", 1000),
-        "prediction": predictions[prediction],
-    }
+    for name, beta in _linear_betas(steps).items():
+        if schedule == "linear" and not math.isclose(config.get(name, beta), beta):
+            raise InputError(f"{path} has {name}={config[name]} over {steps} steps; a DiT has {beta}")
+    return {"schedule": schedule, "steps": steps, "prediction": predictions[prediction]}
 
 
 def _scheduler_config(record: Record) -> dict[str, Any]:
@@ -204,12 +206,15 @@ def _scheduler_config(record: Record) -> dict[str, Any]:
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": steps,
         "beta_schedule": record.diffusion["schedule"],
-        "beta_start": 1e-4 * 1000 / steps,
-        "beta_end": 0.02 * 1000 / steps,
+        **_linear_betas(steps),
         "prediction_type": PREDICTIONS[record.diffusion["prediction"]],
         "clip_sample": record.sample["clip_denoised"],
         "set_alpha_to_one": True,
     }
+
+
+def _linear_betas(steps: int) -> dict[str, float]:
+    return {"beta_start": 1e-4 * 1000 / steps, "beta_end": 0.02 * 1000 / steps}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

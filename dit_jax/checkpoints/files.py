@@ -116,6 +116,20 @@ def require(opened: Weights, known: dict[str, int]) -> None:
             raise InputError(f"{opened.path} has {name}={getattr(opened.record.model, name)}; {value} was given")
 
 
+def from_state_dict(
+    tensors: dict[str, np.ndarray], fields: dict, known: dict[str, int], path: Path
+) -> tuple[Record, Iterator[Leaf]]:
+    """The record that came along as `fields`, or else what the shapes tell; and the parameters. Empties `tensors`."""
+    try:
+        if fields:
+            record = Record.from_json(fields)
+        else:
+            record = Record.of(architecture.infer({name: a.shape for name, a in tensors.items()}, **known))
+        return record, torch_layout.to_leaves(record.model, tensors)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def write_weights(path: str | Path, record: Record, leaves: Iterable[Leaf], vae: Path | None = None) -> None:
     """Write weights in the format that `path` names, as `save_dit` does."""
     written = format_of(path)
@@ -174,32 +188,18 @@ def _open_file(path: Path, weights: str | None, known: dict[str, int]) -> Weight
     else:
         chosen = None
         tensors, fields = read_tensors(path) if content is None else from_torch(content, path)
-    record, leaves = _from_state_dict(tensors, fields, known, path)
+    record, leaves = from_state_dict(tensors, fields, known, path)
     return Weights(dataclasses.replace(record, weights=chosen or record.weights), leaves, path, None)
 
 
 def _open_diffusers(path: Path, known: dict[str, int]) -> Weights:
     found = diffusers_layout.read_folder(path)
-    record, leaves = _from_state_dict(found.state_dict, found.record, found.known | known, found.weights_file)
+    record, leaves = from_state_dict(found.state_dict, found.record, found.known | known, found.weights_file)
     if not found.record:
         record = dataclasses.replace(record, diffusion=record.diffusion | found.diffusion)
         if len(found.class_names) == record.model.num_classes:
             record = dataclasses.replace(record, class_names=found.class_names)
     return Weights(record, leaves, found.weights_file, found.vae)
-
-
-def _from_state_dict(
-    tensors: dict[str, np.ndarray], fields: dict, known: dict[str, int], path: Path
-) -> tuple[Record, Iterator[Leaf]]:
-    """The record that came along, or else what the shapes tell; and the parameters."""
-    try:
-        if fields:
-            record = Record.from_json(fields)
-        else:
-            record = Record.of(architecture.infer({name: a.shape for name, a in tensors.items()}, **known))
-        return record, torch_layout.to_leaves(record.model, tensors)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _open_run(path: Path, weights: str, shardings: Shardings | None) -> Weights:

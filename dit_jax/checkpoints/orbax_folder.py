@@ -45,9 +45,9 @@ def read_record(folder: Path) -> tuple[Record, dict[str, int]]:
     """The record and the parameters' checksums."""
     try:
         fields = json.loads((folder / RECORD).read_text())
-        sums = fields.pop("checksums")
+        sums = dict(fields.pop("checksums"))
         return Record.from_json(fields), sums
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / RECORD} is not a whole record of weights ({error})") from error
 
 

@@ -82,20 +82,16 @@ def to_torch(tensors: Mapping[str, np.ndarray]) -> OrderedDict:
 
 
 def from_torch(state_dict: Any, path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays that share the memory of a state dict's tensors, and the record that we left there, or {}.
+    """Float32 arrays, which share the memory of tensors that are so too, and the record that we left there, or {}.
 
-    bfloat16 becomes float32, which holds it exactly. Raises InputError if it is not a mapping of names to tensors;
-    `path` says where it was found.
+    Raises InputError if it is not a mapping of names to tensors; `path` says where it was found.
     """
     torch = import_torch(f"reading {path}")
     if not isinstance(state_dict, dict) or not state_dict:
         raise InputError(f"{path} holds a {type(state_dict).__name__}; expected a state dict of named tensors")
-    if odd := [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(f"{path} holds {odd[0]!r}, which is not a tensor; expected a flat state dict")
-    tensors = {
-        name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-        for name, value in state_dict.items()
-    }
+    if odd := [k for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]:
+        raise InputError(f"{path} holds {odd[0]!r}, which is not a named tensor; expected a flat state dict")
+    tensors = {name: value.detach().float().numpy() for name, value in state_dict.items()}
     return tensors, _parse(getattr(state_dict, "_metadata", {}).get(RECORD, {}).get("json"), path)
 
 
@@ -117,6 +113,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             return tensors, _parse((file.metadata() or {}).get(RECORD), path)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
+    except AttributeError as error:  # of NumPy, which has no float8
+        raise InputError(f"{path} holds numbers of a type that is not read ({_summary(error)})") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole .safetensors file ({_summary(error)})") from error
 

@@ -90,8 +90,8 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.attn = SelfAttention(config, rngs=rngs)
-        width, hidden = config.hidden_size, int(config.mlp_ratio * config.hidden_size)
-        self.mlp = Mlp(width, hidden, width, activation=gelu_tanh, dtype=config.compute_dtype, rngs=rngs)
+        width = config.hidden_size
+        self.mlp = Mlp(width, config.mlp_width, width, activation=gelu_tanh, dtype=config.compute_dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(config.hidden_size, chunks=6, rngs=rngs)
         self.norm2_eps = config.norm2_eps
 
@@ -173,8 +173,7 @@ class LabelEmbedder(nnx.Module):
     """A learned vector a class, and one more for the null class if labels are dropped in training."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        rows = config.num_classes + (config.class_dropout_prob > 0)
-        self.embedding_table = nnx.Param(normal_002(rngs.params(), (rows, config.hidden_size)))
+        self.embedding_table = nnx.Param(normal_002(rngs.params(), (config.label_rows, config.hidden_size)))
 
     def __call__(self, y: jax.Array) -> jax.Array:
         """y: (B,) labels -> (B, D) float32."""

@@ -21,9 +21,9 @@ from dit_jax.parallel.sharding import batch_sharding
 from dit_jax.sampling.generate import image_keys, make_generate
 from dit_jax.sampling.pictures import save_grid
 from dit_jax.training import resume
+from dit_jax.training.fine_tune import first_state
 from dit_jax.training.flops import peak_flops, train_flops
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
-from dit_jax.training.state import init_state
 from dit_jax.training.step import make_train_step
 
 
@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
     with closing(store), jax.set_mesh(mesh), stop_signals() as stopping:
-        step, state, interval = resume.restore(store, config, mesh) or (0, init_state(config, mesh), None)
+        step, state, interval = resume.restore(store, config, mesh) or (0, first_state(config, mesh, class_names), None)
         with replacing(workdir / "config.json") as temporary:
             temporary.write_text(config.to_json_best_effort(indent=2))
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:

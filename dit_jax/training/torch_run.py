@@ -1,6 +1,6 @@
 """A training run moved whole between PyTorch and here: weights, their average, AdamW's moments and its step count."""
 
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dit_jax.checkpoints import architecture, torch_layout
+from dit_jax.checkpoints import files, torch_layout
 from dit_jax.checkpoints.record import Record
 from dit_jax.checkpoints.store import CheckpointStore, Restored
 from dit_jax.checkpoints.tensor_files import (
@@ -57,6 +57,7 @@ def export_run(workdir: str | Path, path: Path) -> int:
         source=Path(workdir).name,
         sha256=digest(Path(workdir) / "checkpoints" / str(restored.step)),
     ).to_json()
+    content["config"] = restored.record["config"]
     write_pickle(path, content)
     return restored.step
 
@@ -71,26 +72,22 @@ def import_run(path: Path, workdir: str | Path, **known: int) -> int:
     content = read_pickle(path)
     if lacking := [name for name in ("model", "ema", "opt") if name not in content]:
         raise InputError(f"{path} has no {lacking[0]!r}: expected a training checkpoint with model, ema and opt")
-    record = content.get(RECORD)
-    try:
-        names = list(content["model"])
-        shapes = {name: tuple(tensor.shape) for name, tensor in content["model"].items()}
-        model = Record.from_json(record).model if record else architecture.infer(shapes, **known)
-        step, moments = _moments(content["opt"], names)
-        params, ema, mu, nu = (
-            _params(model, from_torch(state_dict, path)[0])
-            for state_dict in (content.pop("model"), content.pop("ema"), *moments)
-        )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    config = _config(model, content)
+    step, mu, nu = _moments(content["opt"], list(content["model"]), path)
+    fields, trees = content.get(RECORD, {}), []
+    for state_dict in (content.pop("model"), content.pop("ema"), mu, nu):
+        tensors, _ = from_torch(state_dict, path)
+        record, leaves = files.from_state_dict(tensors, fields, known, path)
+        trees.append(unflatten_dict(dict(leaves), sep="/"))
+        fields = record.to_json()
+    params, ema, mu, nu = trees
+    config = _config(record.model, content)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state(config, _one_device()).opt_state)
     opt_state = optax.tree.set(zeros, mu=mu, nu=nu, count=np.int32(step))
-    class_names = record["class_names"] if record else [str(label) for label in range(model.num_classes)]
     with replacing_folder(workdir) as folder:
         store = CheckpointStore(folder / "checkpoints")
         state = TrainState(jnp.int32(step), params, ema, opt_state)
-        resume.save(store, step, state, config, class_names, interval=None, source=path.name, sha256=digest(path))
+        provenance = {"source": path.name, "sha256": digest(path)}
+        resume.save(store, step, state, config, record.class_names, interval=None, **provenance)
         store.close()
     return step
 
@@ -123,10 +120,6 @@ def _state_dict(model: DiTConfig, params: dict) -> dict[str, np.ndarray]:
     return torch_layout.from_leaves(model, flatten_dict(params, sep="/").items())
 
 
-def _params(model: DiTConfig, state_dict: dict[str, np.ndarray]) -> dict:
-    return unflatten_dict(dict(torch_layout.to_leaves(model, state_dict)), sep="/")
-
-
 def _optimizer_state(config: ConfigDict, step: int, weights: dict, moments: dict[str, dict]) -> dict[str, Any]:
     """AdamW's state dict: parameters by number, in the order of the model's; `pos_embed`, not trained, has none."""
     torch = import_torch("writing AdamW's state")
@@ -144,28 +137,29 @@ def _optimizer_state(config: ConfigDict, step: int, weights: dict, moments: dict
         | {moment: torch.from_numpy(arrays[name]) for moment, arrays in moments.items()}
         for name, number in numbers.items()
     }
-    return optimizer.state_dict() | {"state": state if step else {}}
+    return optimizer.state_dict() | {"state": state}
 
 
-def _moments(opt: Any, names: list[str]) -> tuple[int, Iterator[dict]]:
+def _moments(opt: Any, names: list[str], path: Path) -> tuple[int, dict, dict]:
     """The step, and AdamW's two moments as state dicts. Raises InputError if they are not those of the parameters."""
     try:
         numbers = [number for group in opt["param_groups"] for number in group["params"]]
         by_name = {name: opt["state"].get(number) for name, number in zip(names, numbers, strict=True)}
-        of_trained = {name: entry for name, entry in by_name.items() if name != "pos_embed"}
-        step = max(int(entry["step"]) for entry in of_trained.values())
-        return step, ({name: entry[moment] for name, entry in of_trained.items()} for moment in MOMENTS)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"'opt' is not the state of AdamW for the parameters of 'model' ({error!r})") from error
+        by_name.pop("pos_embed", None)  # not trained
+        step = max(int(entry["step"]) for entry in by_name.values())
+        mu, nu = ({name: entry[moment] for name, entry in by_name.items()} for moment in MOMENTS)
+        return step, mu, nu
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: 'opt' is not the state of AdamW for the model ({error!r})") from error
 
 
 def _config(model: DiTConfig, content: dict) -> ConfigDict:
-    """The released config with what the checkpoint tells."""
+    """The config of the run that was exported, or else the released one with what the checkpoint tells."""
+    if "config" in content:
+        return ConfigDict(content["config"])
     config, args, (group, *_) = base_config(), content.get("args"), content["opt"]["param_groups"]
-    known = Record.from_json(content[RECORD]) if RECORD in content else Record.of(model)
-    config.model.update(known.to_json()["model"])
-    config.diffusion.update(known.diffusion)
-    config.sample.update(known.sample)
+    config.model.update(dataclasses.asdict(model))
+    config.diffusion.update(Record.of(model).diffusion)
     config.optimizer.update(learning_rate=group["lr"], b1=group["betas"][0], b2=group["betas"][1], eps=group["eps"])
     config.optimizer.weight_decay = float(group["weight_decay"])
     config.batch_size = getattr(args, "global_batch_size", config.batch_size)
