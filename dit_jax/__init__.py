@@ -13,7 +13,12 @@ from dit_jax.models.dit import DiT as DiT
 __version__ = "0.1.0"
 
 # Imported at first use: what they need takes longer to import than JAX and Flax.
-_AT_FIRST_USE = {"load_dit": "dit_jax.checkpoints.files", "save_dit": "dit_jax.checkpoints.files"}
+_AT_FIRST_USE = {
+    "AutoencoderConfig": "dit_jax.models.autoencoder",
+    "AutoencoderKL": "dit_jax.models.autoencoder",
+    "load_dit": "dit_jax.checkpoints.files",
+    "save_dit": "dit_jax.checkpoints.files",
+}
 
 
 def __getattr__(name: str):

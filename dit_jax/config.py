@@ -133,8 +133,11 @@ def base_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0 does not clip
 
+    c.latents = ""  # "on_the_fly" encodes images inside the step; latents:DIR are encoded already
+    c.autoencoder = ""  # file, folder or fetched name, for on_the_fly and previews; "" is what made the latents
+
     c.data = ConfigDict()
-    c.data.source = ""  # digits, mnist, folder:PATH, tfds:NAME@DIR or synthetic
+    c.data.source = ""  # digits, mnist, folder:PATH, tfds:NAME@DIR, latents:DIR or synthetic
     c.data.flip = True  # mirror every second image, by chance
     c.data.skip_corrupt = False  # replace images that cannot be read, and count them, instead of stopping
     c.data.threads = 8  # that read ahead in this process

@@ -21,6 +21,7 @@ EMA = flags.DEFINE_bool("ema", True, "Averaged weights, where there are two; --e
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "Default: as the weights' record says, like all below.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", None, "A file, folder, or fetched name that decodes latents.")
 CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guided channels, from the first; 0: all.", lower_bound=0)
 CLIP = flags.DEFINE_bool("clip_denoised", None, "Keep predictions within [-1, 1]; for pixels, not for latents.")
 
@@ -42,6 +43,8 @@ def main() -> None:
     replicated = lambda shapes: jax.tree.map(lambda _: everywhere, shapes)  # noqa: E731
     weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated)
     record, params = weights.record, weights.params(replicated)
+    codec = choose_codec(AUTOENCODER.value, weights)
+    codec = codec._replace(params=jax.device_put(codec.params, everywhere))
     labels = choose_labels(LABELS.value, COUNT.value, record.class_names)
     flagged = {
         "sampler": SAMPLER.value,
@@ -56,13 +59,34 @@ def main() -> None:
     batch = -(-min(BATCH.value, len(labels)) // mesh.size) * mesh.size
     padded = np.resize(labels, -(-len(labels) // batch) * batch)
     with jax.set_mesh(mesh):
-        generate = make_generate(record.model, record.diffusion, **settings)
+        generate = make_generate(record.model, record.diffusion, codec, **settings)
         images = [
             np.asarray(generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)))
             for i in tqdm(range(0, len(padded), batch), unit="batch")
         ]
     save_pictures(OUT.value, np.concatenate(images)[: len(labels)], labels, record.class_names)
     print(f"wrote {OUT.value}")
+
+
+def choose_codec(given: str | None, weights):
+    """What makes pictures: the autoencoder that was given, that came with the weights, or that they were trained with.
+
+    Raises InputError if the network draws latents and there is none.
+    """
+    from dit_jax.checkpoints.codec import IDENTITY, open_codec, reopen_codec
+    from dit_jax.errors import InputError
+
+    known = weights.record.autoencoder
+    if given or weights.vae:
+        return open_codec(given or str(weights.vae))
+    if known:
+        return reopen_codec(known, "--autoencoder")
+    if weights.record.model.in_channels in (1, 3):
+        return IDENTITY
+    raise InputError(
+        f"{weights.path} draws latents of {weights.record.model.in_channels} channels, and nothing tells which "
+        "autoencoder makes pictures of them: give --autoencoder, which for the released models is sd-vae-ft-ema"
+    )
 
 
 def choose_labels(given: list[str] | None, count: int | None, class_names: list[str]):

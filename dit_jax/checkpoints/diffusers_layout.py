@@ -59,7 +59,7 @@ def read_folder(folder: Path) -> Folder:
     """
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (transformer / "config.json").is_file():
-        raise InputError(f"{folder} holds no weights: no record.json, no checkpoints of a run, no config.json of diffusers")
+        raise InputError(f"{folder} holds no weights: no record.json, checkpoints of a run, or diffusers' config.json")
     config = _read_json(transformer / "config.json")
     if config.get("_class_name") not in CLASS_NAMES:
         raise InputError(f"{transformer} holds a {config.get('_class_name')}; expected one of {', '.join(CLASS_NAMES)}")

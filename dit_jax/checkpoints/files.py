@@ -220,7 +220,15 @@ def _open_run(path: Path, weights: str, shardings: Shardings | None) -> Weights:
         raise InputError(f"{path} has no checkpoint yet: let the run reach its first one")
     step, fields, trees = restored
     run = fields["config"]
-    record = Record(DiTConfig(**run["model"]), run["diffusion"], run["sample"], fields["class_names"], weights, step)
+    record = Record(
+        DiTConfig(**run["model"]),
+        run["diffusion"],
+        run["sample"],
+        fields["class_names"],
+        weights=weights,
+        autoencoder=fields.get("autoencoder"),
+        step=step,
+    )
     params = flatten_dict(trees.pop(weights), sep="/")
     order = sorted(params, key=lambda name: params[name].size)
     return Weights(record, ((name, params.pop(name)) for name in order), store.folder / str(step) / weights, None)

@@ -6,9 +6,11 @@ FOLDER/
   vae/          the autoencoder in diffusers' layout, if one came along
 """
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -35,10 +37,17 @@ def write_folder(folder: Path, record: Record, leaves: Iterable[Leaf], vae: Path
             sums[path] = int(checksum(leaf))
             partial.save(temporary / "weights", unflatten_dict({path: leaf}, sep="/"))
             del leaf  # before the next one is made
+            _trim_heap()
         partial.finalize(temporary / "weights")
         (temporary / RECORD).write_text(json.dumps(record.to_json() | {"checksums": sums}, indent=2) + "\n")
         if vae:
             shutil.copytree(vae, temporary / "vae")
+
+
+def _trim_heap() -> None:
+    """Give back what TensorStore freed: glibc would keep it, for XL/2 over 1 GB at the largest parameter."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def read_record(folder: Path) -> tuple[Record, dict[str, int]]:

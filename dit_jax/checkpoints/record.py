@@ -20,6 +20,8 @@ class Record:
     class_names: list[str]
     weights: str | None = None
     """"ema" for averaged weights, "model" for raw ones, None where a file does not say."""
+    autoencoder: dict[str, Any] | None = None
+    """What stands between images and the network (`Codec.about`), if known."""
     step: int | None = None
     """The training step they were taken at, if known."""
     source: str | None = None

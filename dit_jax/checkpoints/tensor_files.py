@@ -49,7 +49,7 @@ def read_pickle(path: Path, device: str = "cpu") -> Any:
                 f"{path} would run {named[1]} when loaded: refused, and nothing of it was run; expected tensors only"
             ) from error
         if isinstance(error, pickle.UnpicklingError):
-            raise InputError(f"{path} is a pickle of something else than tensors: refused, nothing was run") from error
+            raise InputError(f"{path} is not a pickle of tensors: refused, and nothing of it was run") from error
         raise InputError(f"{path} is not a whole file of PyTorch tensors ({_summary(error)})") from error
 
 

@@ -173,8 +173,8 @@ def _check(config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> None:
         if name in state_dict and state_dict[name].shape != shape
     ]:
         raise InputError(f"the state dict is not of {describe(config)}: {_some(wrong)}")
-    # An average of the table drifts by rounding.
-    if "pos_embed" in state_dict and not np.allclose(state_dict["pos_embed"], positions(config), atol=1e-3):
+    # An average of the table drifts by rounding, and bfloat16 rounds it by up to 2^-9.
+    if "pos_embed" in state_dict and not np.allclose(state_dict["pos_embed"], positions(config), atol=4e-3):
         raise InputError("pos_embed is not the fixed sin-cos table: weights with trained positions are not DiT's")
 
 

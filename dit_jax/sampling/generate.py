@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.diffusion.guidance import guided
@@ -23,6 +24,7 @@ Generate = Callable[[Any, jax.Array, jax.Array], jax.Array]
 def make_generate(
     config: DiTConfig,
     process: Mapping[str, Any],
+    codec: Codec = IDENTITY,
     *,
     sampler: str,
     steps: int,
@@ -30,11 +32,14 @@ def make_generate(
     guidance_channels: int,
     clip_denoised: bool,
 ) -> Generate:
-    """A jitted (params, labels (B,), keys (B,)) -> (B, H, W, C) uint8 pictures; image b depends on its key only.
+    """A function (params, labels (B,), keys (B,)) -> (B, H, W, C) uint8 pictures; image b depends on its key only.
+
+    All of it, the decoding too, is one compiled program.
 
     Args:
         config: the model's.
         process: the diffusion it was trained with, as the fields of `config.diffusion`.
+        codec: what makes pictures of the network's latents.
         sampler: "ddpm" or "ddim".
         steps: evenly spaced steps, of those of training.
         guidance: scale; 1 is none.
@@ -48,13 +53,14 @@ def make_generate(
     shape = (config.input_size, config.input_size, config.in_channels)
 
     @jax.jit
-    def generate(params: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
+    def generate(params: Any, decoder: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params)
         denoise = guided(model, labels, scale=guidance, channels=guidance_channels or None)
         x_T = shard_batch(initial_noise(keys, shape))
-        return to_uint8(SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised))
+        latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
+        return to_uint8(codec.decode(decoder, latents))
 
-    return generate
+    return lambda params, labels, keys: generate(params, codec.params, labels, keys)
 
 
 def image_keys(seed: int, first: int, count: int) -> jax.Array:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.config import DiTConfig
 from dit_jax.data.loader import Loader
@@ -23,6 +24,7 @@ from dit_jax.sampling.pictures import save_grid
 from dit_jax.training import resume
 from dit_jax.training.fine_tune import first_state
 from dit_jax.training.flops import peak_flops, train_flops
+from dit_jax.training.inputs import Inputs, open_inputs
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
 from dit_jax.training.step import make_train_step
 
@@ -39,12 +41,13 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     not fit together, and DivergedError.
     """
     mesh, source = make_mesh(config.mesh), open_source(config.data.source)
-    check(config, source, mesh)
-    workdir = Path(workdir)
-    train_step, loader = make_train_step(config, mesh), make_loader(config, source, mesh)
+    inputs = open_inputs(config, source)
+    check(config, source, inputs, mesh)
+    workdir, frozen = Path(workdir), jax.device_put(inputs.frozen, NamedSharding(mesh, PartitionSpec()))
+    train_step, loader = make_train_step(config, mesh, inputs.prepare), make_loader(config, source, inputs, mesh)
     # An unconditional model draws anything, whatever classes its images have.
     class_names = source.class_names if config.model.num_classes > 1 else ("any",)
-    preview = make_preview(config, class_names, workdir / "previews")
+    preview = make_preview(config, class_names, inputs.codec, workdir / "previews")
     store = CheckpointStore(
         make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
@@ -55,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
-                    state, metrics = train_step(state, next(batches))
+                    state, metrics = train_step(state, next(batches), frozen)
                     step += 1
                     log.dispatched(step, metrics)
                     ending = stopping() or step == config.steps
@@ -64,7 +67,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                             preview(step, state.ema)
                     if ending or due(step, config.checkpoint.every):
                         with log.pause():
-                            resume.save(store, step, state, config, class_names, log.interval)
+                            resume.save(
+                                store, step, state, config, class_names, log.interval, autoencoder=inputs.autoencoder
+                            )
                     if ending:
                         break
             except NotFiniteError as error:
@@ -77,13 +82,18 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     return step
 
 
-def check(config: ConfigDict, source: Source, mesh: Mesh) -> None:
+def check(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> None:
     """Raise InputError for settings that are each right but do not fit together."""
-    model, classes = DiTConfig(**config.model), len(source.class_names)
-    if model.in_channels != source.channels:
+    model, classes, (height, width, channels) = DiTConfig(**config.model), len(source.class_names), inputs.shape
+    if model.in_channels != channels:
         raise InputError(
-            f"{config.data.source} has {source.channels} channels, the model {model.in_channels}: "
-            f"set --config.model.in_channels={source.channels}"
+            f"{config.data.source} gives {channels} channels, the model takes {model.in_channels}: "
+            f"set --config.model.in_channels={channels}"
+        )
+    if not height == width == model.input_size:
+        raise InputError(
+            f"{config.data.source} gives {height}x{width}, the model takes {model.input_size}x{model.input_size}: "
+            f"set --config.model.input_size={height}"
         )
     if model.num_classes not in (1, classes):
         raise InputError(
@@ -103,13 +113,13 @@ def check(config: ConfigDict, source: Source, mesh: Mesh) -> None:
         )
 
 
-def make_loader(config: ConfigDict, source: Source, mesh: Mesh) -> Loader:
+def make_loader(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> Loader:
     return Loader(
         source,
-        image_size=config.model.input_size,
+        image_size=inputs.image_size,
         batch_size=config.batch_size,
         seed=config.seed,
-        flip=config.data.flip,
+        flip=inputs.flip,
         skip_corrupt=config.data.skip_corrupt,
         threads=config.data.threads,
         sharding=batch_sharding(mesh),
@@ -130,9 +140,11 @@ def make_log(config: ConfigDict, workdir: Path, mesh: Mesh, step: int, interval:
     )
 
 
-def make_preview(config: ConfigDict, class_names: Sequence[str], folder: Path) -> Callable[[int, dict], None]:
+def make_preview(
+    config: ConfigDict, class_names: Sequence[str], codec: Codec | None, folder: Path
+) -> Callable[[int, dict], None]:
     """A function (step, weights) that draws the same images, from the same noise, into `folder` each time."""
-    generate = make_generate(DiTConfig(**config.model), config.diffusion, **config.sample)
+    generate = make_generate(DiTConfig(**config.model), config.diffusion, codec or IDENTITY, **config.sample)
     labels = np.arange(config.preview.count, dtype=np.int32) % config.model.num_classes
     captions = [class_names[label] for label in labels]
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +27,18 @@ def save(
     config: ConfigDict,
     class_names: Sequence[str],
     interval: dict | None,
-    **provenance: str,
+    **more: Any,
 ) -> None:
     """Start to write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line.
 
-    `provenance` goes into the record: where a state that was not trained here comes from.
+    `more` goes into the record: the autoencoder; where a state that was not trained here comes from.
     """
     record = {
         "config": json.loads(config.to_json_best_effort()),
         "class_names": list(class_names),
         "interval": interval,
         "dit_jax": __version__,
-        **provenance,
+        **more,
     }
     store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record)
 

@@ -1,7 +1,7 @@
 """One training step: the loss of the diffusion, its gradient, AdamW, and the moving average."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from dit_jax.training.optimizer import learning_rate, make_optimizer
 from dit_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
+Prepare = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class Examples(NamedTuple):
@@ -29,31 +30,38 @@ class Examples(NamedTuple):
     noise: jax.Array
 
 
-def make_train_step(
-    config: ConfigDict, mesh: Mesh
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The jitted step (state, batch) -> (state, metrics); batch is {"x": (B,H,W,C), "y": (B,)}, split over the mesh.
+def as_read(frozen: Any, key: jax.Array, x: jax.Array) -> jax.Array:
+    """Pixels are trained on as they are."""
+    return x
 
-    The state is donated, and comes back as it lay on the mesh. Timesteps, noise and dropped labels depend on the
-    seed and the step number only, whatever the mesh. Metrics are scalars of this step: loss, mse, vb, grad_norm,
+
+def make_train_step(
+    config: ConfigDict, mesh: Mesh, prepare: Prepare = as_read
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted step (state, batch, frozen) -> (state, metrics); batch is {"x": ..., "y": (B,)}, split over the mesh.
+
+    `prepare(frozen, key, x)` makes x0 (B, H, W, C) of what was read; by default that is x0 itself and nothing is
+    frozen. The state is donated, and comes back as it lay on the mesh. All that is random depends on the seed and the
+    step number only, whatever the mesh. Metrics are scalars of this step: loss, mse, vb, grad_norm,
     param_norm (before the update) and learning_rate.
     """
     model_config, diffusion = DiTConfig(**config.model), GaussianDiffusion.create(**config.diffusion)
     update = make_update(config, diffusion)
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: dict[str, jax.Array], frozen: Any = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        return update(state, draw(key, batch, model_config, diffusion.num_steps))
+        *keys, input_key = jax.random.split(key, 4)
+        x = prepare(frozen, input_key, batch["x"])
+        return update(state, draw(keys, x, batch["y"], model_config, diffusion.num_steps))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
-def draw(key: jax.Array, batch: dict[str, jax.Array], config: DiTConfig, num_steps: int) -> Examples:
-    """Draw the timesteps, the noise and the labels to drop for a batch."""
-    t_key, noise_key, drop_key = jax.random.split(key, 3)
-    x, y = batch["x"], batch["y"]
+def draw(keys: Sequence[jax.Array], x: jax.Array, y: jax.Array, config: DiTConfig, num_steps: int) -> Examples:
+    """Draw the timesteps, the noise and the labels to drop for a batch, each from its key."""
+    t_key, noise_key, drop_key = keys
     t = jax.random.randint(t_key, y.shape, 0, num_steps)
     noise = jax.random.normal(noise_key, x.shape)
     dropped = jax.random.bernoulli(drop_key, config.class_dropout_prob, y.shape)

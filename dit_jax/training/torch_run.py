@@ -53,6 +53,7 @@ def export_run(workdir: str | Path, path: Path) -> int:
         config.diffusion.to_dict(),
         config.sample.to_dict(),
         restored.record["class_names"],
+        autoencoder=restored.record.get("autoencoder"),
         step=restored.step,
         source=Path(workdir).name,
         sha256=digest(Path(workdir) / "checkpoints" / str(restored.step)),
@@ -86,15 +87,16 @@ def import_run(path: Path, workdir: str | Path, **known: int) -> int:
     with replacing_folder(workdir) as folder:
         store = CheckpointStore(folder / "checkpoints")
         state = TrainState(jnp.int32(step), params, ema, opt_state)
-        provenance = {"source": path.name, "sha256": digest(path)}
-        resume.save(store, step, state, config, record.class_names, interval=None, **provenance)
+        more = {"autoencoder": record.autoencoder, "source": path.name, "sha256": digest(path)}
+        resume.save(store, step, state, config, record.class_names, interval=None, **more)
         store.close()
     return step
 
 
 def is_torch_run(path: Path) -> bool:
     """Whether this is a file with the state of a training run."""
-    return path.suffix in PICKLES and {"model", "ema", "opt"} <= set(read_pickle(path, device="meta"))
+    content = read_pickle(path, device="meta") if path.suffix in PICKLES else None
+    return isinstance(content, dict) and {"model", "ema", "opt"} <= content.keys()
 
 
 def _restore(workdir: Path) -> Restored:

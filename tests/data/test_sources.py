@@ -46,6 +46,7 @@ def test_synthetic_images_depend_on_the_index_alone():
     assert open_source("synthetic")[0]["image"].shape == (256, 256, 3)
     assert open_source("synthetic:64")[0]["image"].shape == (64, 64, 3)
     assert len(source.class_names) == 1000
+    assert (len(source), len(open_source("synthetic:32x24x4:50"))) == (1_281_167, 50)
 
 
 def _folder(path, **files):
@@ -265,7 +266,7 @@ print(open_source("tfds:encoded_animals@{prepared}")[0]["image"].size, "tensorfl
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagenet", r"'imagenet': expected one of digits, mnist, folder:PATH, tfds:NAME@DIR\[:SPLIT\], synthetic"),
+        ("imagenet", r"'imagenet': expected one of digits, mnist, folder:PATH, latents:DIR, tfds:NAME@DIR\[:SPLIT\], synthetic"),
         ("digits:8", "digits takes no argument"),
         ("folder:", "expected folder:PATH"),
         ("folder:{tmp}/nothing", "nothing does not exist"),

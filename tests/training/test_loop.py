@@ -180,9 +180,13 @@ def test_the_step_is_compiled_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [33, 40])
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(tmp_path, monkeypatch, at):
-    def poisoned(config, mesh, make=loop.make_train_step):
-        step = make(config, mesh)
-        return lambda state, batch: step(state, batch | {"x": batch["x"] * (np.nan if state.step == at - 1 else 1)})
+    def poisoned(*args, make=loop.make_train_step):
+        step = make(*args)
+
+        def poisoned_step(state, batch, frozen):
+            return step(state, batch | {"x": batch["x"] * (np.nan if state.step == at - 1 else 1)}, frozen)
+
+        return poisoned_step
 
     with monkeypatch.context() as patch, pytest.raises(DivergedError, match=rf"step {at}: .*loss=nan.*checkpoints/20"):
         patch.setattr(loop, "make_train_step", poisoned)

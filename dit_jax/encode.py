@@ -1,0 +1,76 @@
+"""Encode images into a data set of latents, to train from.
+
+Each image and its mirror image become the moments of their latents' posterior. The same command goes on where it was
+interrupted. On several hosts, every one writes its own shards into the same folder.
+
+Examples:
+  python -m dit_jax.encode --data=folder:photos --autoencoder=sd-vae-ft-ema --out=latents/photos
+  python -m dit_jax.encode --data=tfds:imagenet2012@/data --autoencoder=sd-vae-ft-ema --out=latents/512 --image_size=512
+"""
+
+from absl import flags
+
+from dit_jax import cli
+
+DATA = flags.DEFINE_string("data", None, "The images, as in config.data.source.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", None, "A file, folder, or fetched name; identity keeps pixels.")
+OUT = flags.DEFINE_string("out", None, "Folder of the data set.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the images, pixels.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the moments that are kept.")
+BATCH = flags.DEFINE_integer("batch", 8, "Images a device encodes at once, each with its mirror.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 8, "That read and decode images in this process.", lower_bound=1)
+SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave images out that cannot be read, instead of stopping.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: host:port of the first.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0.", lower_bound=0)
+
+
+def main() -> None:
+    from functools import partial
+
+    import jax
+    from tqdm import tqdm
+
+    from dit_jax.checkpoints.codec import open_codec
+    from dit_jax.data.latents import LatentWriter
+    from dit_jax.data.loader import Records
+    from dit_jax.data.sources import open_source
+    from dit_jax.parallel import processes
+    from dit_jax.parallel.mesh import make_mesh
+    from dit_jax.training.encoding import encode_shards, moments_shape
+
+    processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    source, codec = open_source(DATA.value), open_codec(AUTOENCODER.value)
+    settings = {
+        "autoencoder": codec.about(),
+        "source": repr(source),
+        "image_size": IMAGE_SIZE.value,
+        "shape": moments_shape(codec, IMAGE_SIZE.value, source.channels),
+        "dtype": DTYPE.value,
+        "class_names": list(source.class_names),
+    }
+    writer = LatentWriter(OUT.value, len(source), settings)
+    if not writer.is_complete():
+        mine = range(jax.process_index(), len(writer), jax.process_count())
+        mesh = make_mesh(devices=jax.local_devices())
+        total = sum(writer.bounds[shard + 1] - writer.bounds[shard] for shard in mine)
+        records = Records(source, IMAGE_SIZE.value, SKIP_CORRUPT.value)
+        with tqdm(total=total, unit="image", desc=f"to {OUT.value}") as bar:
+            skipped, clock = encode_shards(
+                writer, mine, records, codec, mesh, BATCH.value * mesh.size, THREADS.value, bar
+            )
+        print(f"{total} images of this process: {clock.shares()}")
+        if skipped:
+            print(f"{skipped} images could not be read and were left out")
+        processes.wait_for_all("encoded")
+    try:
+        if jax.process_index() == 0:
+            records = writer.complete(partial(tqdm, unit="shard", desc="verifying"))
+            print(f"{OUT.value} is complete: {records} records in {len(writer)} shards, every checksum right")
+    finally:
+        processes.wait_for_all("verified")  # a process that ends before the others takes them down after 5 minutes
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["data", "autoencoder", "out"])
+    cli.run(main)

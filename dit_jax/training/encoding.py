@@ -1,0 +1,112 @@
+"""Images to a data set of latents, once, as fast as the devices encode."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from dit_jax.checkpoints.codec import Codec
+from dit_jax.data.latents import Example, LatentWriter
+from dit_jax.data.loader import Records
+from dit_jax.parallel.sharding import batch_sharding
+
+
+class Clock:
+    """Where the time goes: seconds spent waiting, by what was waited for."""
+
+    def __init__(self):
+        self.started, self.seconds = time.perf_counter(), {}
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def shares(self) -> str:
+        """`5% waiting for images, 90% for the device, 5% writing`, of the time since the clock was made."""
+        total = time.perf_counter() - self.started
+        images, device = (self.seconds.get(what, 0.0) / total for what in ("images", "device"))
+        return f"{images:.0%} waiting for images, {device:.0%} for the device, {1 - images - device:.0%} for the rest"
+
+
+def encode_shards(
+    writer: LatentWriter, shards: range, records: Records, codec: Codec, mesh: Mesh, batch: int, threads: int, bar: tqdm
+) -> tuple[int, Clock]:
+    """Write those of `shards` that are not done; returns how many images were left out as unreadable, and the clock.
+
+    Threads read ahead while the devices of `mesh` encode `batch` images at a time. A record depends on its image and
+    its place in the shard alone, so that an interrupted run ends with the bytes of an unbroken one.
+    """
+    clock, encode, skipped = Clock(), make_encode(codec, np.dtype(writer.settings["dtype"]), mesh), 0
+
+    def examples(shard: int) -> Iterator[Example]:
+        nonlocal skipped
+        indices = slice(writer.bounds[shard], writer.bounds[shard + 1])
+        reads = grain.MapDataset.source(records)[indices].to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch)
+        )
+        with closing(iter(reads.batch(batch))) as batches:
+            for moments, read in one_late(batches, lambda read: encode(padded(read["x"], batch)), clock):
+                bar.update(len(read["y"]))
+                for i, label in enumerate(read["y"]):
+                    if read["skipped"][i]:
+                        skipped += 1
+                    else:
+                        yield moments[i], int(label)
+
+    for shard in shards:
+        if writer.is_done(shard):
+            bar.update(writer.bounds[shard + 1] - writer.bounds[shard])
+        else:
+            writer.write(shard, examples(shard))
+    return skipped, clock
+
+
+def moments_shape(codec: Codec, image_size: int, channels: int) -> tuple[int, ...]:
+    """(2, h, w, 2c) of a square image and its mirror image. Raises InputError if the autoencoder does not take it."""
+    image = jax.ShapeDtypeStruct((2, image_size, image_size, channels), jnp.float32)
+    return jax.eval_shape(codec.moments, codec.params, image).shape
+
+
+def make_encode(codec: Codec, dtype: np.dtype, mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+    """x (B, S, S, C) in [-1, 1] -> (B, 2, h, w, 2c): the moments of each image and of its mirror image."""
+    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(codec.params, everywhere)
+
+    def encode(params: dict, x: jax.Array) -> jax.Array:
+        both = jnp.stack([x, x[:, :, ::-1]], axis=1)
+        moments = codec.moments(params, both.reshape(-1, *x.shape[1:]))
+        return moments.reshape(*both.shape[:2], *moments.shape[1:]).astype(dtype)
+
+    jitted = jax.jit(encode, out_shardings=rows)
+    return lambda x: jitted(params, jax.device_put(x, rows))
+
+
+def one_late(
+    batches: Iterator[dict], encode: Callable[[dict], jax.Array], clock: Clock
+) -> Iterator[tuple[np.ndarray, dict]]:
+    """(moments, batch) of each batch, fetched when the next one has been given to the device."""
+    late: tuple[jax.Array, dict] | None = None
+    while True:
+        with clock.waiting("images"):
+            read = next(batches, None)
+        coming = None if read is None else (encode(read), read)
+        if late is not None:
+            with clock.waiting("device"):
+                moments = np.asarray(late[0])
+            yield moments, late[1]
+        if coming is None:
+            return
+        late = coming
+
+
+def padded(x: np.ndarray, rows: int) -> np.ndarray:
+    """x with zeros after it, so that every batch has one shape and one program."""
+    return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])

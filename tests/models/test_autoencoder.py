@@ -1,0 +1,273 @@
+"""The autoencoder against the original's outputs and the real class of diffusers, and in bounded memory."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL as Diffusers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from flax import nnx
+from goldens.cases import golden, relative_error
+from goldens.seeded import seeded_array, seeded_weights
+
+from dit_jax import AutoencoderConfig, AutoencoderKL
+from dit_jax.checkpoints.autoencoder_layout import diffusers_config
+from dit_jax.errors import InputError
+from dit_jax.models.autoencoder import (
+    abstract_autoencoder,
+    blending,
+    decode_pixels,
+    decode_tiled,
+    from_latents,
+    sample_posterior,
+    to_latents,
+)
+from dit_jax.parallel.mesh import make_mesh
+from dit_jax.parallel.sharding import batch_sharding
+
+TINY = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
+GOLDENS = {"vae_tiny": TINY, "vae_sd_64": AutoencoderConfig()}
+
+SHAPES = {
+    "tiny": TINY,
+    "16 channels": AutoencoderConfig(
+        block_out_channels=(8, 16, 16),
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+    "no attention": AutoencoderConfig(
+        block_out_channels=(16, 8, 24, 8), layers_per_block=3, norm_num_groups=8, mid_block_add_attention=False
+    ),
+    "one width": AutoencoderConfig(
+        in_channels=1, out_channels=2, block_out_channels=(12,), latent_channels=3, norm_num_groups=3
+    ),
+    "only one quant_conv": AutoencoderConfig(
+        block_out_channels=(8, 8), layers_per_block=2, norm_num_groups=1, use_post_quant_conv=False
+    ),
+}
+
+
+def seeded_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """The autoencoder whose weights `seeded.py` makes from the names and shapes of its state dict."""
+    empty = empty_state_dict(config)
+    return AutoencoderKL.from_state_dict(config, seeded_weights({name: a.shape for name, a in empty.items()}))
+
+
+def empty_state_dict(config: AutoencoderConfig) -> dict[str, np.ndarray]:
+    graph, shapes = abstract_autoencoder(config)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)).to_state_dict()
+
+
+def channels_first(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def channels_last(x: torch.Tensor) -> np.ndarray:
+    return np.moveaxis(x.numpy(), 1, -1)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> AutoencoderKL:
+    return seeded_autoencoder(TINY)
+
+
+def temporary_bytes(function, *shapes: tuple[int, ...]) -> int:
+    """Memory of the compiled function beside its inputs and outputs."""
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*structs).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_moments_and_image_are_the_originals(name):
+    case, vae = golden(name), seeded_autoencoder(GOLDENS[name])
+    moments = jax.jit(vae.moments)(case["x"])
+    assert relative_error(moments, case["moments"]) < 2e-5
+    assert relative_error(jax.jit(vae.decode)(case["z"]), case["decoded"]) < 2e-5
+    mean = sample_posterior(moments, jnp.zeros(case["mean"].shape))
+    deviation = sample_posterior(moments, jnp.ones(case["mean"].shape)) - mean
+    assert relative_error(mean, case["mean"]) < 2e-5
+    assert relative_error(deviation, case["std"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_state_dict_has_the_originals_names(name):
+    assert set(golden(name)["keys"]) == set(empty_state_dict(GOLDENS[name]))
+
+
+def test_a_new_autoencoder_works_and_keeps_the_scale_of_its_input():
+    config = dataclasses.replace(TINY, block_out_channels=(8, 8))
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+
+    @jax.jit
+    def autoencode(x):
+        vae = AutoencoderKL(config, rngs=nnx.Rngs(0))
+        return vae.decode(sample_posterior(vae.moments(x), jnp.zeros((2, 4, 4, 4))))
+
+    image = autoencode(x)
+    assert image.shape == x.shape
+    assert 0.1 < image.std() < 10
+
+
+def test_stable_diffusions_has_its_parameters():
+    _, shapes = abstract_autoencoder(AutoencoderConfig())
+    leaves = jax.tree.leaves(shapes)
+    assert (len(leaves), sum(math.prod(leaf.shape) for leaf in leaves)) == (248, 83_653_863)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_are_those_of_diffusers(name):
+    config, size = SHAPES[name], (24, 40)
+    theirs = Diffusers.from_config(diffusers_config(config)).eval()
+    weights = seeded_weights({name: tuple(a.shape) for name, a in theirs.state_dict().items()})
+    theirs.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
+    ours = AutoencoderKL.from_state_dict(config, weights)
+    x = seeded_array("x", (2, *size, config.in_channels))
+    z = seeded_array("z", (2, *(side // config.downsample for side in size), config.latent_channels))
+    with torch.no_grad():
+        moments = theirs.encode(channels_first(x)).latent_dist.parameters
+        image = theirs.decode(channels_first(z)).sample
+    assert relative_error(jax.jit(ours.moments)(x), channels_last(moments)) < 2e-5
+    assert relative_error(jax.jit(ours.decode)(z), channels_last(image)) < 2e-5
+
+
+def test_a_draw_of_the_posterior_is_diffusers_however_wide_it_is():
+    moments = seeded_array("moments", (2, 3, 5, 8)) * 40
+    noise = seeded_array("noise", (2, 3, 5, 4))
+    posterior = DiagonalGaussianDistribution(channels_first(moments))
+    expected = channels_last(posterior.mean) + channels_last(posterior.std) * noise
+    assert np.abs(moments[..., 4:]).max() > 30
+    assert relative_error(sample_posterior(jnp.asarray(moments), noise), expected) < 1e-6
+
+
+def test_latents_are_shifted_then_scaled():
+    config = dataclasses.replace(TINY, scaling_factor=1.5305, shift_factor=0.0609)
+    z = seeded_array("z", (2, 4, 4, 4))
+    assert np.allclose(to_latents(config, z), (z - 0.0609) * 1.5305)
+    assert np.allclose(from_latents(config, to_latents(config, z)), z, atol=1e-6)
+
+
+def test_pictures_of_latents_undo_scale_and_shift(tiny):
+    graph, state = nnx.split(tiny)
+    vae = nnx.merge(graph, state)
+    vae.config = dataclasses.replace(TINY, scaling_factor=0.5, shift_factor=3.0)
+    z = seeded_array("z", (2, 4, 6, 4))
+    assert (
+        relative_error(jax.jit(lambda z: decode_pixels(vae, z))((z - 3.0) * 0.5), np.asarray(jax.jit(tiny.decode)(z)))
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, 8])
+def test_micro_batches_change_no_image(tiny, micro_batch):
+    z = jnp.asarray(seeded_array("z", (5, 4, 4, 4)))
+    whole = jax.jit(tiny.decode)(from_latents(TINY, z))
+    assert relative_error(jax.jit(decode_pixels, static_argnums=2)(tiny, z, micro_batch), np.asarray(whole)) < 2e-6
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tiny):
+    def beside_images(count: int) -> int:
+        images = count * 64 * 64 * 3 * 4
+        return temporary_bytes(lambda z: decode_pixels(tiny, z, 2), (count, 32, 32, 4)) - images
+
+    assert beside_images(64) < 1.1 * beside_images(4)
+    assert beside_images(64) < 0.2 * temporary_bytes(tiny.decode, (64, 32, 32, 4))
+
+
+def test_devices_of_a_mesh_decode_their_own_images(tiny):
+    mesh = make_mesh()
+    z = jnp.asarray(seeded_array("z", (32, 4, 4, 4)))
+    with jax.set_mesh(mesh):
+        shared = jax.device_put(z, batch_sharding(mesh))
+        program = jax.jit(lambda z: decode_pixels(tiny, z, 16)).lower(shared).compile()
+        images = program(shared)
+    assert images.sharding.is_equivalent_to(batch_sharding(mesh), images.ndim)
+    assert not [word for word in ("all-gather", "all-to-all", "collective-permute") if word in program.as_text()]
+    assert relative_error(images, np.asarray(decode_pixels(tiny, z))) < 2e-6
+
+
+def test_an_image_of_one_tile_is_decoded_exactly(tiny):
+    z = jnp.asarray(seeded_array("z", (1, 16, 12, 4)))
+    assert np.array_equal(jax.jit(lambda z: decode_tiled(tiny, z, tile=32))(z), jax.jit(tiny.decode)(z))
+
+
+@pytest.mark.parametrize("size", [(40, 12), (28, 45)])
+def test_tiles_make_nearly_the_image_of_one_piece(tiny, size):
+    z = jnp.asarray(seeded_array("z", (1, *size, 4)))
+    tiled, whole = jax.jit(lambda z: decode_tiled(tiny, z, tile=32))(z), np.asarray(jax.jit(tiny.decode)(z))
+    assert tiled.shape == whole.shape
+    assert np.sqrt(np.square(tiled - whole).mean()) < 0.2 * whole.std()  # a tile in the wrong place: 1.4
+
+
+@pytest.mark.parametrize(("length", "tile"), [(64, 64), (65, 64), (112, 64), (128, 64), (1000, 64), (7, 1), (9, 3)])
+def test_tiles_cover_a_side_and_their_weights_sum_to_one(length, tile):
+    starts, weights = blending(length, tile, 4)
+    total = np.zeros(length * 4)
+    for start, row in zip(starts, weights, strict=True):
+        total[start * 4 :][: tile * 4] += row
+    assert (starts[0], starts[-1]) == (0, length - tile)
+    assert np.allclose(total, 1)
+    assert np.diff(starts, append=starts[-1]).max() <= tile - tile // 4  # they overlap by a quarter
+
+
+def test_two_tiles_fade_into_each_other_linearly():
+    _, (first, second) = blending(28, 16, 2)  # the last 8 pixels of 32 are the first 8 of the next
+    assert np.allclose(second[:8], (np.arange(8) + 0.5) / 8)
+    assert np.allclose(first[-8:], second[:8][::-1])
+    assert (first[:-8] == 1).all() and (second[8:] == 1).all()
+
+
+def test_memory_does_not_grow_with_the_size_of_an_image(tiny):
+    def beside_image(side: int) -> int:
+        return temporary_bytes(lambda z: decode_tiled(tiny, z, tile=64), (1, side, side, 4)) - side**2 * 4 * 3 * 4
+
+    assert beside_image(256) < 1.5 * beside_image(64)
+
+
+def test_products_are_float32_whatever_the_default(tiny):
+    x = jnp.zeros((1, 8, 8, 3), jnp.bfloat16)
+    with jax.default_matmul_precision("bfloat16"):
+        program = jax.make_jaxpr(lambda x: tiny.decode(jnp.split(tiny.moments(x), 2, axis=-1)[0]))(x)
+    products = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name in ("conv_general_dilated", "dot_general")]
+    assert len(products) > 30
+    assert {eqn.outvars[0].aval.dtype for eqn in products} == {jnp.dtype("float32")}
+    highest = jax.lax.Precision.HIGHEST
+    assert {eqn.params["precision"] for eqn in products} == {(highest, highest)}
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 16, 3), (1, 16, 15, 3), (1, 16, 16, 4), (16, 16, 3)])
+def test_an_image_of_another_shape_is_refused(tiny, shape):
+    with pytest.raises(InputError, match=r"expects \(batch, height, width, 3\), height and width multiples of 2"):
+        tiny.moments(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 3), (8, 8, 4)])
+def test_latents_of_another_shape_are_refused(tiny, shape):
+    with pytest.raises(InputError, match=r"expects \(batch, height, width, 4\)"):
+        tiny.decode(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"block_out_channels": (32, 60)}, r"\(32, 60\): expected multiples of norm_num_groups=8"),
+        ({"block_out_channels": ()}, "expected multiples"),
+        ({"layers_per_block": 0}, "layers_per_block=0"),
+        ({"scaling_factor": 0.0}, "scaling_factor=0"),
+    ],
+)
+def test_impossible_configurations_are_refused(fields, told):
+    with pytest.raises(InputError, match=told):
+        dataclasses.replace(TINY, **fields)
+
+
+def test_two_autoencoders_of_one_config_share_a_compilation():
+    lists = dataclasses.replace(TINY, block_out_channels=[32, 64])
+    first, second = abstract_autoencoder(TINY)[0], abstract_autoencoder(lists)[0]
+    assert first == second and hash(first) == hash(second)
+    assert (TINY.downsample, AutoencoderConfig().downsample) == (2, 8)
