@@ -22,10 +22,8 @@ BATCH = flags.DEFINE_integer("batch", 1, "For autoencoder: images at once.", low
 
 
 def main(what: str) -> None:
-    import json
-
     from dit_jax.errors import InputError
-    from dit_jax.files import replacing
+    from dit_jax.files import write_json
 
     if what not in MEASUREMENTS:
         raise InputError(f"{what!r}: expected one of {', '.join(MEASUREMENTS)}")
@@ -35,8 +33,7 @@ def main(what: str) -> None:
     for row in rows:
         print(f"{row['name']:{width}}  {row['median']:10.2f}  {row['lowest']:10.2f}  {row['highest']:10.2f}")
     if JSON.value:
-        with replacing(JSON.value) as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(JSON.value, rows)
 
 
 def measure_data() -> list[dict]:

@@ -1,12 +1,14 @@
 """Files and folders on disk: made or refused in one line, and never half-written."""
 
 import hashlib
+import json
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +76,22 @@ def digest(path: str | Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises InputError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, atomic."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_npz(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:

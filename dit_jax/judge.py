@@ -7,8 +7,6 @@ Example:
   python -m dit_jax.judge --samples=samples.npz --data=digits --out=judgement.json
 """
 
-import json
-
 from absl import flags
 
 from dit_jax import cli
@@ -24,7 +22,7 @@ def main() -> None:
     from dit_jax.data.sources import open_source
     from dit_jax.data.transforms import to_pixels
     from dit_jax.evaluation.agreement import judge
-    from dit_jax.files import read_npz, replacing
+    from dit_jax.files import read_npz, write_json
 
     arrays = read_npz(SAMPLES.value, ("arr_0", "labels"))
     samples, labels = arrays["arr_0"], arrays["labels"]
@@ -33,8 +31,7 @@ def main() -> None:
     real = np.stack([to_pixels(record["image"], samples.shape[1]) for record in records])
     real_labels = np.array([record["label"] for record in records])
     judgement = judge(samples, labels, real, real_labels, source.class_names)
-    with replacing(OUT.value) as temporary:
-        temporary.write_text(json.dumps(judgement, indent=2) + "\n")
+    write_json(OUT.value, judgement)
     print(
         f"{SAMPLES.value}: {judgement['agreement']:.1%} of {judgement['samples']} images show the class asked for; "
         f"the classifier is right on {judgement['classifier_accuracy']:.1%} of held-out real ones; "

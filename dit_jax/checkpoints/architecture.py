@@ -33,9 +33,12 @@ def infer(
         hidden_mlp, _ = shapes["blocks.0.mlp.fc1.weight"]
         out_features, _ = shapes["final_layer.linear.weight"]
         rows, _ = shapes[TABLE]
-    except (KeyError, ValueError) as error:
+        _, tokens, _ = shapes.get("pos_embed", (1, None, 1))
+    except KeyError as error:
         some = ", ".join(sorted(shapes)[:3])
         raise InputError(f"these are not the weights of a DiT: no {error}; there are {some}, ...") from error
+    except ValueError as error:
+        raise InputError("these are not the weights of a DiT: a tensor has another number of axes") from error
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
     out_channels = out_features / patch_size**2
     if out_channels not in (in_channels, 2 * in_channels):
@@ -45,7 +48,7 @@ def infer(
         )
     null_class = rows > 1 and num_classes != rows
     return DiTConfig(
-        input_size=_input_size(shapes.get("pos_embed"), patch_size, input_size),
+        input_size=_input_size(tokens, patch_size, input_size),
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
@@ -68,10 +71,10 @@ def _heads(depth: int, hidden_size: int, num_heads: int | None) -> int:
     return num_heads or known[0]
 
 
-def _input_size(positions: tuple[int, ...] | None, patch_size: int, input_size: int | None) -> int:
-    if positions is None and input_size is None:
+def _input_size(tokens: int | None, patch_size: int, input_size: int | None) -> int:
+    if tokens is None and input_size is None:
         raise InputError("there is no pos_embed to tell the size of the input: pass --input_size")
-    return input_size if positions is None else math.isqrt(positions[1]) * patch_size
+    return input_size if tokens is None else math.isqrt(tokens) * patch_size
 
 
 def _ratio(hidden_mlp: int, hidden_size: int) -> float:

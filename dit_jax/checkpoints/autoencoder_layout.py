@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dit_jax.checkpoints.diffusers_layout import WEIGHTS, _read_json, _write_json
+from dit_jax.checkpoints.diffusers_layout import WEIGHTS
 from dit_jax.checkpoints.files import find, format_of
 from dit_jax.checkpoints.tensor_files import PICKLES, SAFETENSORS, read_tensors, write_tensors
 from dit_jax.errors import InputError
-from dit_jax.files import replacing_folder
+from dit_jax.files import read_json, replacing_folder, write_json
 from dit_jax.models.autoencoder import TILE, AutoencoderConfig, AutoencoderKL, abstract_autoencoder
 
 CLASS_NAME = "AutoencoderKL"
@@ -52,7 +52,7 @@ def read_autoencoder(path: str | Path, **known: Any) -> tuple[AutoencoderConfig,
             name that `dit_jax.download` has fetched.
         known: fields of AutoencoderConfig, in place of what is found. Tensors alone do not tell scaling_factor,
             shift_factor and norm_num_groups: from a file that neither diffusers nor we wrote they are 0.18215, 0 and
-            the most groups, up to 32, that divide the widths.
+            the greatest common divisor of 32 and the widths.
 
     Raises InputError if there is no such thing, it is damaged, or it is not such an autoencoder.
     """
@@ -92,7 +92,7 @@ def save_autoencoder(vae: AutoencoderKL, path: str | Path) -> None:
     if written == "diffusers":
         with replacing_folder(str(path).removeprefix("diffusers:")) as temporary:
             write_tensors(temporary / (WEIGHTS + SAFETENSORS), tensors, {CONFIG: fields})
-            _write_json(temporary / "config.json", diffusers_config(vae.config))
+            write_json(temporary / "config.json", diffusers_config(vae.config))
     elif written in ("pytorch", "safetensors"):
         write_tensors(Path(path), tensors, {CONFIG: fields})
     else:
@@ -213,7 +213,7 @@ def _some(names: list[str]) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The fields of AutoencoderConfig in a config.json. Raises InputError for what we cannot compute."""
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("_class_name") != CLASS_NAME:
         raise InputError(f"{path} is of a {config.get('_class_name')}; expected {CLASS_NAME}")
     for name, value in FIXED.items():

@@ -1,6 +1,5 @@
 """DiT as diffusers keeps it: other names, fused matrices apart, the embedders copied into every block."""
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from dit_jax.checkpoints.record import Record
 from dit_jax.checkpoints.tensor_files import read_tensors, write_tensors
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
-from dit_jax.files import replacing_folder
+from dit_jax.files import read_json, replacing_folder, write_json
 
 # The official module, and diffusers' in its place. Several share its rows; one with {i} where the official name has
 # none is a copy in every block. `pos_embed` is not stored there.
@@ -60,7 +59,7 @@ def read_folder(folder: Path) -> Folder:
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (transformer / "config.json").is_file():
         raise InputError(f"{folder} holds no weights: no record.json, checkpoints of a run, or diffusers' config.json")
-    config = _read_json(transformer / "config.json")
+    config = read_json(transformer / "config.json")
     if config.get("_class_name") not in CLASS_NAMES:
         raise InputError(f"{transformer} holds a {config.get('_class_name')}; expected one of {', '.join(CLASS_NAMES)}")
     for name, value in FIXED.items():
@@ -80,7 +79,7 @@ def read_folder(folder: Path) -> Folder:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     index, schedule = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
-    names = _read_json(index).get("id2label", {}) if index.is_file() else {}
+    names = read_json(index).get("id2label", {}) if index.is_file() else {}
     return Folder(
         state_dict,
         record,
@@ -107,12 +106,12 @@ def write_folder(folder: Path, record: Record, state_dict: dict[str, np.ndarray]
     with replacing_folder(folder) as temporary:
         tensors = from_official(state_dict, record.model.depth)
         write_tensors(temporary / "transformer" / (WEIGHTS + ".safetensors"), tensors, record.to_json())
-        _write_json(temporary / "transformer" / "config.json", config)
-        _write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler_config(record))
+        write_json(temporary / "transformer" / "config.json", config)
+        write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler_config(record))
         if vae:
             shutil.copytree(vae, temporary / "vae")
             index["vae"] = ["diffusers", "AutoencoderKL"]
-        _write_json(temporary / "model_index.json", index)
+        write_json(temporary / "model_index.json", index)
 
 
 def to_official(tensors: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
@@ -188,7 +187,7 @@ def _is_copied(theirs: list[str]) -> bool:
 
 def _read_process(path: Path) -> dict[str, Any]:
     """The fields of `config.diffusion` that a scheduler's config tells."""
-    config = _read_json(path)
+    config = read_json(path)
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", 1000)
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
@@ -215,17 +214,3 @@ def _scheduler_config(record: Record) -> dict[str, Any]:
 
 def _linear_betas(steps: int) -> dict[str, float]:
     return {"beta_start": 1e-4 * 1000 / steps, "beta_end": 0.02 * 1000 / steps}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

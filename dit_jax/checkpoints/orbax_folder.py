@@ -22,7 +22,7 @@ from dit_jax.checkpoints.record import Record
 from dit_jax.checkpoints.store import checksum
 from dit_jax.checkpoints.torch_layout import Leaf
 from dit_jax.errors import InputError
-from dit_jax.files import replacing_folder
+from dit_jax.files import replacing_folder, write_json
 from dit_jax.models.dit import abstract_dit
 
 RECORD = "record.json"
@@ -39,15 +39,9 @@ def write_folder(folder: Path, record: Record, leaves: Iterable[Leaf], vae: Path
             del leaf  # before the next one is made
             _trim_heap()
         partial.finalize(temporary / "weights")
-        (temporary / RECORD).write_text(json.dumps(record.to_json() | {"checksums": sums}, indent=2) + "\n")
+        write_json(temporary / RECORD, record.to_json() | {"checksums": sums})
         if vae:
             shutil.copytree(vae, temporary / "vae")
-
-
-def _trim_heap() -> None:
-    """Give back what TensorStore freed: glibc would keep it, for XL/2 over 1 GB at the largest parameter."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def read_record(folder: Path) -> tuple[Record, dict[str, int]]:
@@ -83,3 +77,9 @@ def read_folder(folder: Path, record: Record, sums: dict[str, int], shardings: C
                 raise InputError(f"{path} of the weights in {folder} is not what was written there: it is damaged")
             yield path, leaf
             del leaf  # before the next one is read
+
+
+def _trim_heap() -> None:
+    """Give back what TensorStore freed: glibc would keep it, for XL/2 over 1 GB at the largest parameter."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

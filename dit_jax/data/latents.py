@@ -20,7 +20,7 @@ import numpy as np
 
 from dit_jax import __version__
 from dit_jax.errors import InputError
-from dit_jax.files import digest, make_folder, replacing
+from dit_jax.files import digest, make_folder, replacing, write_json
 
 METADATA = "metadata.json"
 DONE = "done"  # folder with a note of every finished shard, while the data set is not complete
@@ -119,8 +119,7 @@ class LatentWriter:
                 records += 1
             writer.close()
             sha256 = digest(temporary)
-        with replacing(self._note(shard)) as temporary:
-            temporary.write_text(json.dumps({"records": records, "sha256": sha256}))
+        write_json(self._note(shard), {"records": records, "sha256": sha256})
 
     def complete(self, progress: Callable[[Iterable], Iterable] = iter) -> int:
         """Verify every shard and make them a data set, the metadata last; returns the number of records.
@@ -137,9 +136,7 @@ class LatentWriter:
             self._verify(shard, shards[self._path(shard).name])
         self._write_tfds_files(shards)
         if not self.is_complete():
-            with replacing(self.folder / METADATA) as temporary:
-                metadata = self.settings | {"shards": shards, "dit_jax": __version__}
-                temporary.write_text(json.dumps(metadata, indent=2) + "\n")
+            write_json(self.folder / METADATA, self.settings | {"shards": shards, "dit_jax": __version__})
         self._sweep()
         return sum(noted["records"] for noted in shards.values())
 
@@ -200,8 +197,7 @@ class LatentWriter:
 
     def _begin(self) -> None:
         make_folder(self.folder / DONE)
-        with replacing(self.folder / DONE / "settings.json") as temporary:
-            temporary.write_text(json.dumps(self.settings))
+        write_json(self.folder / DONE / "settings.json", self.settings)
 
     def _require_same_settings(self) -> None:
         begun = self.folder / DONE / "settings.json"

@@ -232,9 +232,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(width, config.norm_num_groups)
-        self.to_q = Linear(width, width, rngs=rngs)
-        self.to_k = Linear(width, width, rngs=rngs)
-        self.to_v = Linear(width, width, rngs=rngs)
+        self.to_q, self.to_k, self.to_v = (Linear(width, width, rngs=rngs) for _ in range(3))
         self.to_out = nnx.List([Linear(width, width, rngs=rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
