@@ -56,12 +56,10 @@ def main() -> None:
         total = sum(writer.bounds[shard + 1] - writer.bounds[shard] for shard in mine)
         records = Records(source, IMAGE_SIZE.value, SKIP_CORRUPT.value)
         with tqdm(total=total, unit="image", desc=f"to {OUT.value}") as bar:
-            skipped, clock = encode_shards(
-                writer, mine, records, codec, mesh, BATCH.value * mesh.size, THREADS.value, bar
-            )
-        print(f"{total} images of this process: {clock.shares()}")
-        if skipped:
-            print(f"{skipped} images could not be read and were left out")
+            account = encode_shards(writer, mine, records, codec, mesh, BATCH.value * mesh.size, THREADS.value, bar)
+        print(account)
+        if account.skipped:
+            print(f"{account.skipped} images could not be read and were left out")
         processes.wait_for_all("encoded")
     try:
         if jax.process_index() == 0:

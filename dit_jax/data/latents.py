@@ -109,7 +109,7 @@ class LatentWriter:
         """Write a shard whole, then note that it is done."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        serialise, records = _features(self.settings).serialize_example, 0
+        serialise, records = _serialiser(self.settings), 0
         with replacing(self._path(shard)) as temporary:
             # One record a group, to be read in any order; not compressed, for latents are noise and reading is what
             # limits a host that feeds several chips.
@@ -216,6 +216,20 @@ class LatentWriter:
                 f"{self.folder} was begun with {name}={str(theirs.get(name))[:80]}, now it is "
                 f"{str(self.settings[name])[:80]}: choose another --out, or the settings as they were"
             )
+
+
+def _serialiser(metadata: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
+    """From {"moments", "label"} to the bytes that TFDS reads, the same ones in every process."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = _features(metadata)
+    serializer = ExampleSerializer(features.get_serialized_info())
+
+    def serialise(example: dict[str, Any]) -> bytes:
+        # What TFDS does itself, but for `deterministic`: else each process has an order of the fields of its own.
+        return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+    return serialise
 
 
 def _damaged(what: str | Path, error: Exception) -> str:

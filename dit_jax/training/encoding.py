@@ -17,10 +17,11 @@ from dit_jax.data.loader import Records
 from dit_jax.parallel.sharding import batch_sharding
 
 
-class Clock:
-    """Where the time goes: seconds spent waiting, by what was waited for."""
+class Account:
+    """How many images were encoded and how many left out as unreadable, and where the time went."""
 
     def __init__(self):
+        self.encoded, self.skipped = 0, 0
         self.started, self.seconds = time.perf_counter(), {}
 
     @contextmanager
@@ -29,35 +30,37 @@ class Clock:
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
-    def shares(self) -> str:
-        """`5% waiting for images, 90% for the device, 5% writing`, of the time since the clock was made."""
+    def __str__(self) -> str:
         total = time.perf_counter() - self.started
         images, device = (self.seconds.get(what, 0.0) / total for what in ("images", "device"))
-        return f"{images:.0%} waiting for images, {device:.0%} for the device, {1 - images - device:.0%} for the rest"
+        return (
+            f"{self.encoded} images at {self.encoded / total:.1f} a second, compilation included; of the time "
+            f"{images:.0%} waiting for images, {device:.0%} for the device, {1 - images - device:.0%} for the rest"
+        )
 
 
 def encode_shards(
     writer: LatentWriter, shards: range, records: Records, codec: Codec, mesh: Mesh, batch: int, threads: int, bar: tqdm
-) -> tuple[int, Clock]:
-    """Write those of `shards` that are not done; returns how many images were left out as unreadable, and the clock.
+) -> Account:
+    """Write those of `shards` that are not done.
 
     Threads read ahead while the devices of `mesh` encode `batch` images at a time. A record depends on its image and
     its place in the shard alone, so that an interrupted run ends with the bytes of an unbroken one.
     """
-    clock, encode, skipped = Clock(), make_encode(codec, np.dtype(writer.settings["dtype"]), mesh), 0
+    account, encode = Account(), make_encode(codec, np.dtype(writer.settings["dtype"]), mesh)
 
     def examples(shard: int) -> Iterator[Example]:
-        nonlocal skipped
         indices = slice(writer.bounds[shard], writer.bounds[shard + 1])
         reads = grain.MapDataset.source(records)[indices].to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch)
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch))
         )
         with closing(iter(reads.batch(batch))) as batches:
-            for moments, read in one_late(batches, lambda read: encode(padded(read["x"], batch)), clock):
+            for moments, read in one_late(batches, lambda read: encode(padded(read["x"], batch)), account):
                 bar.update(len(read["y"]))
+                account.encoded += len(read["y"])
                 for i, label in enumerate(read["y"]):
                     if read["skipped"][i]:
-                        skipped += 1
+                        account.skipped += 1
                     else:
                         yield moments[i], int(label)
 
@@ -66,7 +69,7 @@ def encode_shards(
             bar.update(writer.bounds[shard + 1] - writer.bounds[shard])
         else:
             writer.write(shard, examples(shard))
-    return skipped, clock
+    return account
 
 
 def moments_shape(codec: Codec, image_size: int, channels: int) -> tuple[int, ...]:
@@ -90,16 +93,16 @@ def make_encode(codec: Codec, dtype: np.dtype, mesh: Mesh) -> Callable[[np.ndarr
 
 
 def one_late(
-    batches: Iterator[dict], encode: Callable[[dict], jax.Array], clock: Clock
+    batches: Iterator[dict], encode: Callable[[dict], jax.Array], account: Account
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """(moments, batch) of each batch, fetched when the next one has been given to the device."""
     late: tuple[jax.Array, dict] | None = None
     while True:
-        with clock.waiting("images"):
+        with account.waiting("images"):
             read = next(batches, None)
         coming = None if read is None else (encode(read), read)
         if late is not None:
-            with clock.waiting("device"):
+            with account.waiting("device"):
                 moments = np.asarray(late[0])
             yield moments, late[1]
         if coming is None:
