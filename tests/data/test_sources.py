@@ -266,7 +266,7 @@ print(open_source("tfds:encoded_animals@{prepared}")[0]["image"].size, "tensorfl
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagenet", r"'imagenet': expected one of digits, mnist, folder:PATH, latents:DIR, tfds:NAME@DIR\[:SPLIT\], synthetic"),
+        ("imagenet", r"'imagenet': expected one of digits, mnist, folder:PATH, latents:DIR, tfds:NAME@DIR\[:SPLIT\], "),
         ("digits:8", "digits takes no argument"),
         ("folder:", "expected folder:PATH"),
         ("folder:{tmp}/nothing", "nothing does not exist"),
