@@ -1,5 +1,6 @@
 """What stands between images and the network: an autoencoder, or nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from flax import nnx
 from dit_jax.checkpoints import autoencoder_layout, files
 from dit_jax.errors import InputError
 from dit_jax.files import digest
-from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode_pixels
+from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode_pixels, in_parts
 
 MICRO_BATCH = 4  # images that a device decodes at once
 
@@ -38,15 +39,15 @@ class Codec(NamedTuple):
             return jnp.concatenate([x, jnp.full_like(x, -30.0)], axis=-1)
         return self._model(params).moments(x)
 
-    def decode(self, params: dict, z: jax.Array) -> jax.Array:
-        """z: (B, h, w, c) as the network sees it -> (B, H, W, C) pixels, about within [-1, 1].
+    def decode(self, params: dict, z: jax.Array, finish: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+        """z: (B, h, w, c) as the network sees it -> (B, H, W, C) pixels, about within [-1, 1], or what `finish` makes.
 
-        A few at a time, so that memory does not grow with B.
+        A few images at a time and each finished at once, so that memory hardly grows with B.
         """
         if self.config is None:
-            return z
-        devices = max(1, jax.sharding.get_abstract_mesh().size)
-        return decode_pixels(self._model(params), z, MICRO_BATCH * devices)
+            return finish(z)
+        model, size = self._model(params), MICRO_BATCH * max(1, jax.sharding.get_abstract_mesh().size)
+        return in_parts(lambda z: finish(decode_pixels(model, z, size)), z, size)
 
     def channels(self, image_channels: int) -> int:
         """Channels of what the network sees."""

@@ -58,7 +58,7 @@ def make_generate(
         denoise = guided(model, labels, scale=guidance, channels=guidance_channels or None)
         x_T = shard_batch(initial_noise(keys, shape))
         latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
-        return to_uint8(codec.decode(decoder, latents))
+        return codec.decode(decoder, latents, to_uint8)
 
     return lambda params, labels, keys: generate(params, codec.params, labels, keys)
 

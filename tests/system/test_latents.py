@@ -136,7 +136,7 @@ def test_two_processes_make_the_bytes_of_one(tmp_path, inputs, unbroken):
     args = [*inputs, f"--out={tmp_path / 'latents'}", coordinator, "--num_processes=2"]
     processes = [start(ENCODE, *args, f"--process_id={index}") for index in (0, 1)]
     for printed in [finish(process) for process in processes]:
-        assert f"{PHOTOS // 2} images of this process" in printed
+        assert f"{PHOTOS // 2} images at " in printed
     assert contents(tmp_path / "latents") == unbroken
 
 
@@ -152,7 +152,7 @@ def trained(tmp_path_factory, inputs) -> Path:
         f"--out={folder / 'latents'}",
         "--image_size=16",
     )
-    assert f"{PHOTOS} images of this process" in told
+    assert f"{PHOTOS} images at " in told
     assert f"is complete: {PHOTOS} records in 1 shards, every checksum right" in told
     settings = dict(input_size=8, in_channels=4, num_classes=2, hidden_size=16, depth=1, num_heads=2)
     succeeds(
