@@ -186,8 +186,9 @@ class LatentWriter:
     def _sweep(self) -> None:
         """Remove what only the making needed, and what killed starts have left."""
         shutil.rmtree(self.folder / DONE, ignore_errors=True)
-        for path in [*self.folder.glob(".latents-train.*"), *self.folder.glob(".metadata.*")]:
-            path.unlink()
+        for pattern in (".writable-*", ".latents-train.*", ".metadata.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"latents-train.array_record-{shard:05d}-of-{len(self):05d}"
