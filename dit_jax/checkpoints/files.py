@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.checkpoints import architecture, diffusers_layout, orbax_folder, published, torch_layout
 from dit_jax.checkpoints.record import Record
-from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.checkpoints.store import read_newest
 from dit_jax.checkpoints.tensor_files import (
     PICKLES,
     RECORD,
@@ -204,7 +204,6 @@ def _open_diffusers(path: Path, known: dict[str, int]) -> Weights:
 
 def _open_run(path: Path, weights: str, shardings: Shardings | None) -> Weights:
     """The newest readable checkpoint of a training run."""
-    store = CheckpointStore(path / "checkpoints", write=False)
 
     def abstract(record: dict) -> dict:
         _, shapes = abstract_dit(DiTConfig(**record["config"]["model"]))
@@ -212,13 +211,7 @@ def _open_run(path: Path, weights: str, shardings: Shardings | None) -> Weights:
         shaped = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
         return {weights: jax.tree.map(shaped, shapes, places)}
 
-    try:
-        restored = store.restore_newest(abstract)
-    finally:
-        store.close()
-    if restored is None:
-        raise InputError(f"{path} has no checkpoint yet: let the run reach its first one")
-    step, fields, trees = restored
+    step, fields, trees = read_newest(path, abstract)
     run = fields["config"]
     record = Record(
         DiTConfig(**run["model"]),
@@ -231,7 +224,9 @@ def _open_run(path: Path, weights: str, shardings: Shardings | None) -> Weights:
     )
     params = flatten_dict(trees.pop(weights), sep="/")
     order = sorted(params, key=lambda name: params[name].size)
-    return Weights(record, ((name, params.pop(name)) for name in order), store.folder / str(step) / weights, None)
+    return Weights(
+        record, ((name, params.pop(name)) for name in order), path / "checkpoints" / str(step) / weights, None
+    )
 
 
 def is_training_checkpoint(content: Any) -> bool:

@@ -100,6 +100,18 @@ class CheckpointStore:
         self._manager.close()
 
 
+def read_newest(workdir: Path, abstract: Callable[[dict], dict[str, Tree]]) -> Restored:
+    """The newest readable checkpoint of a run, see `restore_newest`. Raises InputError if there is none."""
+    store = CheckpointStore(workdir / "checkpoints", write=False)
+    try:
+        restored = store.restore_newest(abstract)
+    finally:
+        store.close()
+    if restored is None:
+        raise InputError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+    return restored
+
+
 _hooks = []
 
 

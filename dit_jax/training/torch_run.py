@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.checkpoints import files, torch_layout
 from dit_jax.checkpoints.record import Record
-from dit_jax.checkpoints.store import CheckpointStore, Restored
+from dit_jax.checkpoints.store import CheckpointStore, Restored, read_newest
 from dit_jax.checkpoints.tensor_files import (
     PICKLES,
     RECORD,
@@ -104,14 +104,7 @@ def _restore(workdir: Path) -> Restored:
         state = abstract_state(ConfigDict(record["config"]), _one_device())
         return {"model": state.params, "ema": state.ema, "opt": state.opt_state}
 
-    store = CheckpointStore(workdir / "checkpoints", write=False)
-    try:
-        restored = store.restore_newest(abstract)
-    finally:
-        store.close()
-    if restored is None:
-        raise InputError(f"{workdir} has no checkpoint yet: let the run reach its first one")
-    return restored
+    return read_newest(workdir, abstract)
 
 
 def _one_device() -> Mesh:
