@@ -24,6 +24,7 @@ def get_config(preset="DiT-XL/2"):
     c.steps = 3_000_000
     c.model.update(dataclasses.asdict(DiTConfig.preset(preset, input_size=64)))
     c.data.source = "latents:data/imagenet512"
+    c.data.threads = 4  # moments need no decoding, and more threads than this wait for each other
     c.checkpoint.update(every=10_000, keep_every=100_000)
     c.preview.every = 50_000
     return c

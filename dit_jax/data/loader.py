@@ -16,10 +16,10 @@ from dit_jax.data.transforms import normalise, to_pixels
 from dit_jax.errors import InputError
 
 Batch = dict[str, Any]
-Record = dict[str, Any]  # {"x": float32 (S, S, C), "y": int32, "skipped": int32}, or several stacked
+Record = dict[str, Any]  # {"x": float32 (S, S, C) or moments, "y": int, "skipped": int}
 
 BATCHES_AHEAD = 2
-READ_SIZE = 16  # records at most: few, to end soon when closed; several, for Grain's own cost of 0.2 ms a read
+READ_SIZE = 16  # records at most: few, to end soon when closed; several, for Grain's own cost a read
 
 
 @dataclasses.dataclass
@@ -53,7 +53,7 @@ class Records:
                 f"for it names {classes} classes"
             )
         x = record["moments"] if "moments" in record else normalise(to_pixels(record["image"], self.image_size))
-        return {"x": x, "y": np.int32(record["label"]), "skipped": np.int32(skipped)}
+        return {"x": x, "y": record["label"], "skipped": skipped}
 
 
 class Loader:
@@ -110,10 +110,10 @@ class Loader:
             self.rows = _block_of_rows(batch_size, index, count)
         else:
             self.rows = _rows_of_sharding(batch_size, sharding)
-        share = _Share(Records(source, image_size, skip_corrupt), batch_size, self.rows, seed, flip)
         read_size = math.gcd(len(self.rows), READ_SIZE)
         self.reads_per_batch = len(self.rows) // read_size
-        self.reads = grain.MapDataset.source(share).batch(read_size)
+        records = Records(source, image_size, skip_corrupt)
+        self.reads = grain.MapDataset.source(_Reads(records, batch_size, self.rows, seed, flip, read_size))
 
     def batches(self, start_step: int) -> closing[Iterator[Batch]]:
         """Batches from `start_step` on, found without reading those before: {"x": (b, H, W, C) float32 in [-1, 1],
@@ -132,7 +132,7 @@ class Loader:
         reads = (
             self.reads[start_step * self.reads_per_batch :]
             .to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=ahead))
-            .batch(self.reads_per_batch, batch_fn=_join)
+            .batch(self.reads_per_batch, batch_fn=_stack)
         )
         with closing(iter(reads)) as batches:
             for batch in batches:
@@ -143,11 +143,13 @@ class Loader:
 
 
 @dataclasses.dataclass
-class _Share:
-    """The records of the endless shuffled sequence that fall in this process's rows of the global batches, in order.
+class _Reads:
+    """The endless shuffled sequence of records, of which this process reads its rows of the global batches, in order
+    and several at once.
 
     Every record of an epoch comes once, in an order of its own. Grain's own chain of datasets gives the same sequence
-    at three times the cost a record, which is what limits a host that feeds several chips with latents.
+    at many times the cost a record, which is what limits a host that feeds several chips with latents: while one
+    thread runs Python, the others wait.
     """
 
     records: Records
@@ -155,17 +157,20 @@ class _Share:
     rows: list[int]
     seed: int
     flip: bool
+    read_size: int  # divides the number of rows
 
     def __post_init__(self):
         # Epoch e is shuffled with a seed plus e: without the mixing, seeds 0 and 1 would share all epochs but one.
         self.shuffle_seed, self.flip_seed = (int(s) for s in np.random.SeedSequence(self.seed).generate_state(2))
 
     def __len__(self) -> int:
-        return 2**62  # without end, but Grain asks for a number
+        return 2**58  # without end, but Grain asks for a number
 
-    def __getitem__(self, index: int) -> Record:
-        step, row = divmod(index, len(self.rows))
-        place = step * self.batch_size + self.rows[row]
+    def __getitem__(self, read: int) -> list[Record]:
+        step, row = divmod(read * self.read_size, len(self.rows))
+        return [self._record(step * self.batch_size + place) for place in self.rows[row : row + self.read_size]]
+
+    def _record(self, place: int) -> Record:
         epoch, place_in_epoch = divmod(place, len(self.records))
         seed = (self.shuffle_seed + epoch) % 2**32
         shuffled = index_shuffle(place_in_epoch, max_index=len(self.records) - 1, seed=seed, rounds=4)
@@ -175,8 +180,10 @@ class _Share:
         return record
 
 
-def _join(reads: Sequence[Record]) -> Batch:
-    return {name: np.concatenate([read[name] for read in reads]) for name in reads[0]}
+def _stack(reads: Sequence[list[Record]]) -> Batch:
+    records = [record for read in reads for record in read]
+    columns = {name: [record[name] for record in records] for name in records[0]}
+    return {name: np.stack(column) if name == "x" else np.array(column, np.int32) for name, column in columns.items()}
 
 
 def _block_of_rows(batch_size: int, index: int, count: int) -> list[int]:
