@@ -1,9 +1,10 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it. `prepare [EXTRA]` goes to the checkout and makes .venv there with the package and,
 # if named, one extra of pyproject.toml. It does nothing that has been done before.
 
 prepare() {
     local extra=${1:-} python wanted
-    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
     if ! .venv/bin/python -c '' 2>/dev/null; then
         python=$(find_python) || {
             echo "error: dit_jax needs Python 3.11 or newer with the venv module; none was found on PATH" >&2

@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# Source this before training on several chips: how XLA hides communication behind computation. Names were checked
+# against jaxlib 0.10.2 and libtpu 0.0.42: one that they do not know ends the program at its start.
+# What is set already comes last and wins. Sources: openxla.org/xla/gpu_optimization_levels and
+# openxla.org/xla/flags_guidance, docs.nvidia.com/jax-toolbox, MaxText's benchmarks/xla_flags_library.py.
+
+gpu=(
+    # Starts collectives as early and awaits them as late as data allows; XLA leaves this off on GPUs.
+    --xla_gpu_enable_latency_hiding_scheduler=true
+    # The blocks are a loop, and a collective cannot leave its iteration by itself. With these, the next block's
+    # parameters are gathered, and the last block's gradients reduced, while this block computes.
+    --xla_gpu_enable_pipelined_all_gather=true
+    --xla_gpu_enable_pipelined_reduce_scatter=true
+    --xla_gpu_enable_pipelined_all_reduce=true
+    # Unrolls the loop by two, so that what a pipelined collective hands on is not copied in each iteration.
+    --xla_gpu_enable_while_loop_double_buffering=true
+)
+
+# Overlap within a slice (asynchronous all-gathers, fused with the computation) is libtpu's default and needs no flag.
+tpu=(
+    # Several slices: the gradients' all-reduce over the data centre's network runs beside the rest of the backward pass,
+    --xla_tpu_enable_data_parallel_all_reduce_opt=true
+    # and is pipelined over the blocks although their gradients have different sizes.
+    --xla_tpu_data_parallel_opt_different_sized_ops=true
+)
+
+export XLA_FLAGS="${gpu[*]} ${XLA_FLAGS:-}"
+export LIBTPU_INIT_ARGS="${tpu[*]} ${LIBTPU_INIT_ARGS:-}"
+unset gpu tpu
