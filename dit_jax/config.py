@@ -47,6 +47,8 @@ class DiTConfig:
     """Epsilon of the LayerNorm before the MLP; diffusers computes with 1e-5."""
     dtype: str = "auto"
     """Of matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU)."""
+    attention_kernel: str = "auto"
+    """What computes attention: xla, cudnn (NVIDIA), flash (TPU), or auto, which is the best where it runs."""
     remat: str = "none"
     """What the backward pass computes again: none, full (each whole block), or dots (all but matrix products)."""
     unroll: int = 1
@@ -66,6 +68,8 @@ class DiTConfig:
             raise InputError(f"class_dropout_prob={self.class_dropout_prob}: expected a probability")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
+        if self.attention_kernel not in ("auto", "xla", "cudnn", "flash"):
+            raise InputError(f"attention_kernel={self.attention_kernel!r}: expected auto, xla, cudnn or flash")
         if self.remat not in ("none", "full", "dots"):
             raise InputError(f"remat={self.remat!r}: expected none, full or dots")
 
@@ -93,6 +97,13 @@ class DiTConfig:
     def label_rows(self) -> int:
         """Rows of the label table: the classes, and the null class if there is one."""
         return self.num_classes + (self.class_dropout_prob > 0)
+
+    @property
+    def kernel(self) -> str:
+        """What computes attention, `auto` resolved for the default backend."""
+        if self.attention_kernel != "auto":
+            return self.attention_kernel
+        return {"tpu": "flash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

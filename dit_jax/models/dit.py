@@ -13,7 +13,7 @@ from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.models.attention import SelfAttention
 from dit_jax.models.layers import Linear, Mlp, Modulation, gelu_tanh, layer_norm, modulate, normal_002, zeros
-from dit_jax.parallel.sharding import shard_batch
+from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -53,16 +53,20 @@ class DiT(nnx.Module):
         size, channels = self.config.input_size, self.config.in_channels
         if x.shape[1:] != (size, size, channels):
             raise InputError(f"x has shape {x.shape}; this DiT expects (batch, {size}, {size}, {channels})")
-        c = self.t_embedder(t) + self.y_embedder(y)
-        tokens = shard_batch(self.x_embedder(x))
+        x_embedder, t_embedder, y_embedder = gather_parameters((self.x_embedder, self.t_embedder, self.y_embedder))
+        c = shard_batch(t_embedder(t) + y_embedder(y))
+        tokens = shard_batch(x_embedder(x))
+        modulations = jax.vmap(lambda block: block.adaLN_modulation(c))(self.blocks)
+        blocks = jax.tree.map(lambda parameter: parameter.astype(tokens.dtype), self.blocks)
 
-        def layer(tokens, block):
-            return shard_batch(block(tokens, c)), None
+        def layer(tokens, block_and_modulation):
+            block, modulation = block_and_modulation
+            return shard_batch(gather_parameters(block)(tokens, modulation)), None
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        tokens, _ = jax.lax.scan(layer, tokens, self.blocks, unroll=self.config.unroll)
-        return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
+        tokens, _ = jax.lax.scan(layer, tokens, (blocks, modulations), unroll=self.config.unroll)
+        return unpatchify(gather_parameters(self.final_layer)(tokens, c), self.config.patch_size)
 
     @classmethod
     def from_state_dict(cls, config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> "DiT":
@@ -95,9 +99,10 @@ class DiTBlock(nnx.Module):
         self.adaLN_modulation = Modulation(config.hidden_size, chunks=6, rngs=rngs)
         self.norm2_eps = config.norm2_eps
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        """x: (B, N, D) tokens, c: (B, D) condition -> (B, N, D) in the dtype of x."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
+    def __call__(self, x: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
+        """x: (B, N, D) tokens, modulation: what `adaLN_modulation` makes of the condition, six (B, 1, D) ->
+        (B, N, D) in the dtype of x."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = (x + gate_msa * self.attn(modulate(layer_norm(x), shift_msa, scale_msa))).astype(x.dtype)
         return (x + gate_mlp * self.mlp(modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp))).astype(x.dtype)
 

@@ -7,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))
+TOKENS = P(("data", "fsdp"), None, "tensor")  # (B, N, features), split by heads or by the MLP's hidden features
 
 # Megatron: the first matrix of a pair is split by its outputs, the second by its inputs (Shoeybi et al. 2019, sec. 3).
 # Paths end so; axes count from the back, so that they hold for one block and for the stack of them.
@@ -27,6 +28,39 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def gather_batch(x: jax.Array) -> jax.Array:
+    """Bring the rows of x (B, D) together over fsdp, for a product with a matrix that stays scattered there."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P("data"))
+
+
+def shard_features(x: jax.Array) -> jax.Array:
+    """Keep the result (B, D) of such a product where its columns were made."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[-1] % mesh.shape["fsdp"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, P("data", "fsdp"))
+
+
+def gather_parameters(tree: Any) -> Any:
+    """Parameters brought together over fsdp as they are used; their gradients are summed and scattered in one go."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
+        scattered, whole = parameter_spec(_name(path), leaf, mesh), P(*_tensor_axes(_name(path), leaf, mesh))
+        gathered = jax.custom_vjp(lambda leaf: jax.lax.with_sharding_constraint(leaf, whole))
+        gathered.defvjp(
+            lambda leaf: (gathered(leaf), None),
+            lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, scattered),),
+        )
+        return gathered(leaf)
+
+    return jax.tree_util.tree_map_with_path(gather, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its leading axis over data and fsdp."""
     return NamedSharding(mesh, BATCH)
@@ -39,19 +73,28 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
     """
 
     def rule(path: tuple, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, mesh))
+        return NamedSharding(mesh, parameter_spec(_name(path), leaf, mesh))
 
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
 def parameter_spec(path: str, leaf: Any, mesh: Mesh) -> P:
     """Tensor-parallel axis by name; of the others, the largest that fsdp divides; never the depth of the stack."""
-    axes: list[str | None] = [None] * leaf.ndim
-    for suffix, axis in TENSOR_AXIS.items():
-        if path.endswith(suffix) and leaf.shape[axis] % mesh.shape["tensor"] == 0:
-            axes[axis] = "tensor"
+    axes = _tensor_axes(path, leaf, mesh)
     depth_axes = 1 if "blocks/" in path else 0
     free = [i for i in range(depth_axes, leaf.ndim) if axes[i] is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]
     if free:
         axes[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
     return P(*axes)
+
+
+def _tensor_axes(path: str, leaf: Any, mesh: Mesh) -> list[str | None]:
+    axes: list[str | None] = [None] * leaf.ndim
+    for suffix, axis in TENSOR_AXIS.items():
+        if path.endswith(suffix) and leaf.shape[axis] % mesh.shape["tensor"] == 0:
+            axes[axis] = "tensor"
+    return axes
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of a module's parameters

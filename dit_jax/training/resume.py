@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from dit_jax import __version__
 from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.errors import InputError
+from dit_jax.parallel.processes import say
 from dit_jax.training.state import TrainState, abstract_state
 
 # How the network is computed may change from one start to the next; what it is may not.
-COMPUTATION = {"dtype", "remat", "unroll"}
+COMPUTATION = {"dtype", "attention_kernel", "remat", "unroll"}
 
 
 def save(
@@ -62,7 +63,7 @@ def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int
     for damaged in [newer for newer in store.steps() if newer > step]:
         store.set_aside(damaged, store.folder.parent / "damaged")
     for line in changes(record["config"], json.loads(config.to_json_best_effort())):
-        print(f"config changed since the checkpoint: {line}", file=sys.stderr, flush=True)
+        say(f"config changed since the checkpoint: {line}", file=sys.stderr)
     count = jax.device_put(jnp.asarray(step, jnp.int32), NamedSharding(mesh, PartitionSpec()))
     return step, TrainState(count, trees["model"], trees["ema"], trees["opt"]), record["interval"]
 

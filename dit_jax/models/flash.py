@@ -1,0 +1,123 @@
+"""Attention as one TPU kernel: scores and weights stay on the chip (after Dao et al. 2022, arXiv 2205.14135).
+
+Whole rows of scores fit in a TPU's vector memory at DiT's lengths, so the softmax is the plain one, and the backward pass
+computes the weights again: it keeps qkv, and nothing that grows with the square of the length.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dit_jax.parallel.sharding import TOKENS
+
+ROWS = 256  # queries at once
+VECTOR_MEMORY = 100 * 2**20  # bytes that the kernel may take, of the 128 MiB of v5e and v6e
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def flash_attention(qkv: jax.Array, head_dim: int, interpret: bool = False) -> jax.Array:
+    """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D) in its dtype; the softmax is float32.
+
+    Heads of any width: the 128 lanes of the chip are filled up inside the kernel only. On a mesh each device takes its
+    own images and heads. interpret: run on any platform, slowly.
+    """
+    return _run(_forward_kernel, 1 / 3, head_dim, interpret, qkv)
+
+
+def _forward(qkv: jax.Array, head_dim: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    return flash_attention(qkv, head_dim, interpret), qkv
+
+
+def _backward(head_dim: int, interpret: bool, qkv: jax.Array, d_out: jax.Array) -> tuple[jax.Array]:
+    return (_run(_backward_kernel, 1, head_dim, interpret, qkv, d_out),)
+
+
+flash_attention.defvjp(_forward, _backward)
+
+
+def _run(kernel, share: float, head_dim: int, interpret: bool, *arrays: jax.Array) -> jax.Array:
+    """The kernel on one image after the other; the result has `share` of the columns of the first array."""
+
+    def on_device(*arrays: jax.Array) -> jax.Array:
+        B, N, columns = arrays[0].shape
+
+        def image(columns: int) -> pl.BlockSpec:
+            return pl.BlockSpec((1, N, columns), lambda b: (b, 0, 0))
+
+        return pl.pallas_call(
+            partial(kernel, head_dim=head_dim),
+            grid=(B,),
+            in_specs=[image(array.shape[-1]) for array in arrays],
+            out_specs=image(round(columns * share)),
+            out_shape=jax.ShapeDtypeStruct((B, N, round(columns * share)), arrays[0].dtype),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_MEMORY),
+            interpret=interpret,
+        )(*arrays)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return on_device(*arrays)
+    specs = tuple(TOKENS for _ in arrays)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=TOKENS, check_vma=False)(*arrays)
+
+
+def _forward_kernel(qkv, out, *, head_dim: int) -> None:
+    for head, (q, k, v) in enumerate(_heads(qkv, head_dim)):
+
+        def rows(start: int, size: int, head=head, q=q, k=k, v=v) -> None:
+            weights = _weights(qkv[0, pl.ds(start, size), q], qkv[0, :, k])
+            o = _product(weights.astype(out.dtype), qkv[0, :, v], (1, 0))
+            out[0, pl.ds(start, size), pl.ds(head * head_dim, head_dim)] = o.astype(out.dtype)
+
+        _for_rows(qkv.shape[1], rows)
+
+
+def _backward_kernel(qkv, d_out, d_qkv, *, head_dim: int) -> None:
+    N, dtype = qkv.shape[1], qkv.dtype
+    for head, (q, k, v) in enumerate(_heads(qkv, head_dim)):
+
+        def rows(start: int, size: int, sums, head=head, q=q, k=k, v=v):
+            d_k, d_v = sums
+            here = pl.ds(start, size)
+            q_here, d_o = qkv[0, here, q], d_out[0, here, pl.ds(head * head_dim, head_dim)]
+            weights = _weights(q_here, qkv[0, :, k])
+            d_weights = _product(d_o, qkv[0, :, v], (1, 1))
+            d_scores = weights * (d_weights - jnp.sum(weights * d_weights, axis=1, keepdims=True))
+            d_scores = (d_scores * head_dim**-0.5).astype(dtype)
+            d_qkv[0, here, q] = _product(d_scores, qkv[0, :, k], (1, 0)).astype(dtype)
+            d_v += _product(weights.astype(dtype), d_o, (0, 0))
+            return d_k + _product(d_scores, q_here, (0, 0)), d_v
+
+        zeros = jnp.zeros((N, head_dim), jnp.float32)
+        d_k, d_v = _for_rows(N, rows, (zeros, zeros))
+        d_qkv[0, :, k], d_qkv[0, :, v] = d_k.astype(dtype), d_v.astype(dtype)
+
+
+def _heads(qkv, head_dim: int):
+    """The columns of q, k and v of each head."""
+    for start in range(0, qkv.shape[2], 3 * head_dim):
+        yield tuple(pl.ds(start + part * head_dim, head_dim) for part in range(3))
+
+
+def _for_rows(N: int, function, *sums):
+    """`function(start, size, *sums)` of all rows, a block after the other, each given what the one before returned."""
+    size = ROWS if N % ROWS == 0 else N
+    if size == N:
+        return function(0, N, *sums)
+    if not sums:
+        return jax.lax.fori_loop(0, N // size, lambda i, _: function(i * size, size), None)
+    return jax.lax.fori_loop(0, N // size, lambda i, sums: function(i * size, size, sums), *sums)
+
+
+def _weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """(n, d), (N, d) -> (n, N) float32 whose rows sum to 1 (Vaswani et al. 2017, eq. 1)."""
+    scores = _product(q, k, (1, 1)) * q.shape[1] ** -0.5
+    weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The matrix product over one axis of each, in float32."""
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,57 @@
+"""Every way of computing attention gives the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.models.attention import xla_attention
+from dit_jax.models.flash import flash_attention
+from dit_jax.parallel.mesh import make_mesh
+
+CASES = [(256, 2, 72), (512, 1, 64), (16, 3, 32), (9, 2, 8)]  # tokens, heads, width of a head
+
+
+def in_plain_numbers(qkv: np.ndarray, head_dim: int) -> np.ndarray:
+    """Softmax attention image by image and head by head, in float64."""
+    out = np.empty((*qkv.shape[:2], qkv.shape[2] // 3))
+    for image, rows in enumerate(qkv.astype(np.float64)):
+        for head in range(qkv.shape[2] // (3 * head_dim)):
+            q, k, v = np.split(rows[:, 3 * head * head_dim :][:, : 3 * head_dim], 3, axis=1)
+            weights = np.exp(q @ k.T / np.sqrt(head_dim))
+            out[image, :, head * head_dim :][:, :head_dim] = weights / weights.sum(1, keepdims=True) @ v
+    return out
+
+
+def example(tokens: int, heads: int, head_dim: int, images: int = 2):
+    rng = np.random.default_rng(0)
+    qkv = rng.standard_normal((images, tokens, 3 * heads * head_dim), dtype=np.float32)
+    return qkv, rng.standard_normal((images, tokens, heads * head_dim), dtype=np.float32)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), CASES)
+def test_kernels_agree_with_the_equation(tokens, heads, head_dim):
+    qkv, _ = example(tokens, heads, head_dim)
+    expected = in_plain_numbers(qkv, head_dim)
+    for out in (xla_attention(qkv, head_dim), flash_attention(qkv, head_dim, True)):
+        np.testing.assert_allclose(out, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), CASES)
+def test_the_gradients_of_the_tpu_kernel_are_those_of_the_plain_products(tokens, heads, head_dim):
+    qkv, weight = example(tokens, heads, head_dim)
+    gradient = jax.grad(lambda x: (flash_attention(x, head_dim, True) * weight).sum())(qkv)
+    expected = jax.grad(lambda x: (xla_attention(x, head_dim) * weight).sum())(qkv)
+    np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
+
+
+def test_devices_take_their_own_images_and_heads():
+    qkv, weight = example(tokens=16, heads=4, head_dim=8, images=4)
+
+    def gradient(qkv):
+        return jax.grad(lambda x: (flash_attention(x, 8, True) * weight).sum())(qkv)
+
+    alone = gradient(qkv)
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        shared = jax.jit(gradient)(qkv)
+    np.testing.assert_allclose(shared, alone, atol=1e-6)
