@@ -16,21 +16,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 
-# A training's behaviour: counts steps in a file that outlives it, saves and ends with 0 at SIGTERM.
-TRAINING = """
-import signal, sys, time
-from pathlib import Path
-saved, last = Path(sys.argv[1]), int(sys.argv[2])
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-step = int(saved.read_text()) if saved.exists() else 0
-print(f"from step {step}", flush=True)
-while step < last and not asked:
-    time.sleep(0.02)
-    step += 1
-saved.write_text(str(step))
-print(f"at step {step}", flush=True)
-"""
+STANDINS = Path(__file__).parent / "standins"
+TRAINING = STANDINS / "training.py"
 
 
 def local_pod(*args: str, **options) -> subprocess.Popen:
@@ -77,11 +64,7 @@ def test_local_pod_shows_the_first_error_and_ends_hosts_that_hang(tmp_path):
 
 
 def test_local_pod_passes_signals_on_to_all(tmp_path):
-    (tmp_path / "training.py").write_text(TRAINING)
-    script = (
-        f"import sys; sys.argv[1:] = ['{tmp_path}/' + sys.argv[-1][2:], '100000']; "
-        f"exec(open('{tmp_path}/training.py').read())"
-    )
+    script = f"import sys; sys.argv[1:] = ['{tmp_path}/' + sys.argv[-1][2:], '100000']; exec(open('{TRAINING}').read())"
     pod = local_pod("--hosts=2", f"--log_dir={tmp_path}", "--", sys.executable, "-c", script)
     wait_until(lambda: all("from" in log.read_text() for log in tmp_path.glob("*.log")) and any(tmp_path.glob("*.log")))
     pod.terminate()
@@ -113,7 +96,7 @@ def test_local_pod_dry_run_starts_nothing(tmp_path):
 @pytest.fixture
 def standin(tmp_path, monkeypatch):
     """A folder in which stand-ins for gcloud and kubectl keep what they know; they are first on PATH."""
-    monkeypatch.setenv("PATH", f"{Path(__file__).parent / 'standins'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{STANDINS}:{os.environ['PATH']}")
     monkeypatch.setenv("STANDIN", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     yield tmp_path
@@ -186,12 +169,11 @@ def test_tpu_pod_refuses(standin, told, args):
 
 
 def test_tpu_pod_from_create_to_delete(standin):
-    (standin / "training.py").write_text(TRAINING)
     assert tpu_pod("create", "--poll=0.1").returncode == 0
     assert (standin / "pip").read_text().count("--editable .[tpu]") == 2  # on either worker
     workers = [standin / f"dit-worker{i}" for i in range(2)]
     assert all((worker / "dit_jax" / "dit_jax" / "train.py").exists() for worker in workers)
-    run = ["run", "--", "bash", "-c", f"echo $LIBTPU_INIT_ARGS; exec python {standin}/training.py $HOME/step 100000"]
+    run = ["run", "--", "bash", "-c", f"echo $LIBTPU_INIT_ARGS; exec python {TRAINING} $HOME/step 100000"]
     assert tpu_pod(*run).returncode == 0
     logs = [worker / "dit_jax.log" for worker in workers]
     wait_until(lambda: all("from step 0" in log.read_text() for log in logs))
@@ -208,10 +190,9 @@ def test_tpu_pod_from_create_to_delete(standin):
 
 
 def test_a_preempted_pod_comes_again_and_its_run_goes_on(standin):
-    (standin / "training.py").write_text(TRAINING)
     shared = standin / "shared"
     shared.mkdir()
-    command = ["bash", "-c", f'exec python {standin}/training.py {shared}/$(basename "$HOME") 100']
+    command = ["bash", "-c", f'exec python {TRAINING} {shared}/$(basename "$HOME") 100']
     forever = subprocess.Popen(
         ["bash", LAUNCH / "tpu_pod.sh", "--spot", "--poll=0.1", "run", "--forever", "--", *command],
         stdout=subprocess.PIPE,
@@ -267,11 +248,10 @@ def test_gke_jobset_is_what_readme_applies(standin):
 
 @pytest.mark.parametrize(("last", "status"), [("3", 0), ("100000", 143)])
 def test_a_gke_pod_that_had_to_stop_does_not_look_finished(tmp_path, last, status):
-    (tmp_path / "training.py").write_text(TRAINING)
     jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
     container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     script, zero, *_ = container["args"]
-    command = [*container["command"], script, zero, sys.executable, tmp_path / "training.py", tmp_path / "step", last]
+    command = [*container["command"], script, zero, sys.executable, TRAINING, tmp_path / "step", last]
     pod = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert pod.stdout.readline() == "from step 0\n"
     if status:
