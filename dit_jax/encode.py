@@ -11,6 +11,7 @@ Examples:
 from absl import flags
 
 from dit_jax import cli
+from dit_jax.parallel import processes
 
 DATA = flags.DEFINE_string("data", None, "The images, as in config.data.source.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "A file, folder, or fetched name; identity keeps pixels.")
@@ -20,11 +21,10 @@ DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the mo
 BATCH = flags.DEFINE_integer("batch", 8, "Images a device encodes at once, each with its mirror.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", 8, "That read and decode images in this process.", lower_bound=1)
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave images out that cannot be read, instead of stopping.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: host:port of the first.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0.", lower_bound=0)
+flags.adopt_module_key_flags(processes)
 
 
+@processes.together()
 def main() -> None:
     from functools import partial
 
@@ -35,11 +35,9 @@ def main() -> None:
     from dit_jax.data.latents import LatentWriter
     from dit_jax.data.loader import Records
     from dit_jax.data.sources import open_source
-    from dit_jax.parallel import processes
     from dit_jax.parallel.mesh import make_mesh
     from dit_jax.training.encoding import encode_shards, moments_shape
 
-    processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     source, codec = open_source(DATA.value), open_codec(AUTOENCODER.value)
     settings = {
         "autoencoder": codec.about(),
@@ -55,18 +53,15 @@ def main() -> None:
         mesh = make_mesh(devices=jax.local_devices())
         total = sum(writer.bounds[shard + 1] - writer.bounds[shard] for shard in mine)
         records = Records(source, IMAGE_SIZE.value, SKIP_CORRUPT.value)
-        with tqdm(total=total, unit="image", desc=f"to {OUT.value}") as bar:
+        with tqdm(total=total, unit="image", desc=f"to {OUT.value}", disable=not processes.is_first()) as bar:
             account = encode_shards(writer, mine, records, codec, mesh, BATCH.value * mesh.size, THREADS.value, bar)
-        print(account)
-        if account.skipped:
-            print(f"{account.skipped} images could not be read and were left out")
-        processes.wait_for_all("encoded")
-    try:
-        if jax.process_index() == 0:
-            records = writer.complete(partial(tqdm, unit="shard", desc="verifying"))
-            print(f"{OUT.value} is complete: {records} records in {len(writer)} shards, every checksum right")
-    finally:
-        processes.wait_for_all("verified")  # a process that ends before the others takes them down after 5 minutes
+        for line in processes.gather(str(account)):
+            processes.say(line)
+        if skipped := sum(map(int, processes.gather(str(account.skipped)))):
+            processes.say(f"{skipped} images could not be read and were left out")
+    if processes.is_first():
+        records = writer.complete(partial(tqdm, unit="shard", desc="verifying"))
+        print(f"{OUT.value} is complete: {records} records in {len(writer)} shards, every checksum right")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ def make_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
+        probe = path / f".writable-{_this_process()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -33,7 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not."""
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_this_process()}{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -56,7 +57,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} is there already: remove it, or choose another name")
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{_this_process()}")
     try:
         temporary.mkdir()
         yield temporary
@@ -107,3 +108,8 @@ def read_npz(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not a whole .npz file ({error})") from error
+
+
+def _this_process() -> str:
+    """A name that no other process has, on this host or another that sees the same files."""
+    return f"{socket.gethostname()}-{os.getpid()}"

@@ -4,12 +4,13 @@ Examples:
   python -m dit_jax.sample --weights=runs/digits --out=grid.png --labels=0,1,2 --steps=250 --guidance=4.0 --seed=0
   python -m dit_jax.sample --weights=runs/digits --out=samples.npz --count=1000
 
-Image i depends on the weights, the seed and i, not on the batch or the number of devices.
+Image i depends on the weights, the seed and i, not on the batch or the number of devices and processes.
 """
 
 from absl import flags
 
 from dit_jax import cli
+from dit_jax.parallel import processes
 
 WEIGHTS = flags.DEFINE_string("weights", None, "A run, a file or folder of weights, or a name.")
 OUT = flags.DEFINE_string("out", None, "What to write: a grid (.png), arrays (.npz), or a folder of PNGs (else).")
@@ -24,8 +25,10 @@ GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidan
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "A file, folder, or fetched name that decodes latents.")
 CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guided channels, from the first; 0: all.", lower_bound=0)
 CLIP = flags.DEFINE_bool("clip_denoised", None, "Keep predictions within [-1, 1]; for pixels, not for latents.")
+flags.adopt_module_key_flags(processes)
 
 
+@processes.together()
 def main() -> None:
     import jax
     import numpy as np
@@ -54,18 +57,20 @@ def main() -> None:
         "clip_denoised": CLIP.value,
     }
     settings = dict(record.sample) | {name: value for name, value in flagged.items() if value is not None}
-    print(f"{len(labels)} images from {weights.origin}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
+    processes.say(f"{len(labels)} images from {weights.origin}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
 
     batch = -(-min(BATCH.value, len(labels)) // mesh.size) * mesh.size
     padded = np.resize(labels, -(-len(labels) // batch) * batch)
     with jax.set_mesh(mesh):
         generate = make_generate(record.model, record.diffusion, codec, **settings)
-        images = [
-            np.asarray(generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)))
-            for i in tqdm(range(0, len(padded), batch), unit="batch")
-        ]
-    save_pictures(OUT.value, np.concatenate(images)[: len(labels)], labels, record.class_names)
-    print(f"wrote {OUT.value}")
+        images = []
+        for i in tqdm(range(0, len(padded), batch), unit="batch", disable=not processes.is_first()):
+            drawn = generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)).block_until_ready()
+            if processes.is_first():
+                images.append(np.asarray(drawn))
+    if processes.is_first():
+        save_pictures(OUT.value, np.concatenate(images)[: len(labels)], labels, record.class_names)
+        print(f"wrote {OUT.value}")
 
 
 def choose_codec(given: str | None, weights):

@@ -2,6 +2,8 @@
 
 Example:
   python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits --config.steps=2000
+
+On several hosts, the same command in a process on each of them, with a --workdir that all of them see.
 """
 
 from absl import flags
@@ -9,11 +11,14 @@ from ml_collections import config_flags
 
 from dit_jax import cli
 from dit_jax.errors import InputError
+from dit_jax.parallel import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config; --config.FIELD=VALUE changes it.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
+flags.adopt_module_key_flags(processes)
 
 
+@processes.together(saves_when_stopped=True)
 def main() -> None:
     from dit_jax.training.loop import DivergedError, train
 
@@ -27,9 +32,9 @@ def main() -> None:
     except DivergedError as error:
         cli.fail(str(error), status=1)
     if step < config.steps:
-        print(f"stopped and saved at step {step} of {config.steps}; the same command goes on from there")
+        processes.say(f"stopped and saved at step {step} of {config.steps}; the same command goes on from there")
     else:
-        print(f"trained to step {step}: {workdir}")
+        processes.say(f"trained to step {step}: {workdir}")
 
 
 if __name__ == "__main__":

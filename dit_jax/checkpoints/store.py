@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dit_jax.errors import InputError
+from dit_jax.parallel import processes
 
 Tree = Any
 
@@ -27,7 +28,8 @@ class CheckpointStore:
     """Checkpoints of a run by step, each of several trees of arrays and a JSON record.
 
     Trees are stored apart, so that sampling reads the averaged weights and nothing else. Every device writes its own
-    shards, and restoring follows the shardings asked for. A checkpoint appears whole or not at all.
+    shards, and restoring follows the shardings asked for. A checkpoint appears whole or not at all. With several
+    processes, all of them call these functions.
     """
 
     def __init__(self, folder: str | Path, *, keep: int | None = None, keep_every: int = 0, write: bool = True):
@@ -65,31 +67,48 @@ class CheckpointStore:
             _hooks.append(sys.unraisablehook)
             sys.unraisablehook = _unheard_abandoned_reads
         for step in self.steps():
+            restored, reason = None, ""
             try:
-                record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-                wanted = abstract(record)
-                items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-                for name in wanted:
-                    if int(checksum(restored[name])) != record["checksums"][name]:
-                        raise ValueError(f"the checksum of {name} is wrong")  # caught below
-                return Restored(step, record, {name: restored[name] for name in wanted})
+                restored = self._read(step, abstract)
             except InputError:
                 raise
             except Exception as error:  # Orbax and TensorStore share no base class for damage
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                path = self.folder / str(step)
-                print(f"warning: {path} cannot be read ({reason}); trying the one before", file=sys.stderr, flush=True)
+            reasons = list(filter(None, processes.gather(reason)))  # what one cannot read, none of them takes
+            if not reasons:
+                sums = restored.record["checksums"]
+                reasons = [
+                    f"the checksum of {name} is wrong"
+                    for name, tree in restored.trees.items()
+                    if int(checksum(tree)) != sums[name]
+                ]
+            if not reasons:
+                return restored
+            path = self.folder / str(step)
+            processes.say(f"warning: {path} cannot be read ({reasons[0]}); trying the one before", file=sys.stderr)
         if self.steps():
             raise InputError(f"not one of the checkpoints {self.steps()} in {self.folder} can be read")
         return None
 
+    def _read(self, step: int, abstract: Callable[[dict], dict[str, Tree]]) -> Restored:
+        """Each process for itself: one that finds damage where others find none leaves nobody waiting."""
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        folder = self.folder / str(step)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=alone) as reader:
+            record = reader.restore(folder / "record")
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=alone) as reader:
+            wanted = abstract(record).items()
+            trees = {name: reader.restore(folder / name, args=ocp.args.StandardRestore(tree)) for name, tree in wanted}
+        return Restored(step, record, trees)
+
     def set_aside(self, step: int, folder: Path) -> None:
         """Move a checkpoint that cannot be read out of the way, into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        (self.folder / str(step)).rename(target)
+        if processes.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            target = folder / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+        processes.wait_for_all(f"set aside {step}")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -130,7 +149,9 @@ def checksum(tree: Tree) -> jax.Array:
     """
     total = jnp.uint32(0)
     for i, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
-        places = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-        total = total * 31 + jnp.sum(bits * places, dtype=jnp.uint32) + i
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)  # of a number in its array; flattening that would gather it
+        for axis, size in enumerate(bits.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        total = total * 31 + jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32) + i
     return total

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dit_jax.errors import InputError
@@ -15,7 +16,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh over `devices` (default: all); one axis may be -1 and takes the devices that the others leave.
 
     The batch is split over data and fsdp, parameters over fsdp, heads and MLP features over tensor. Without a shape
-    all devices are on the data axis. Raises InputError if the sizes do not multiply to the number of devices.
+    all devices are on the data axis. Of several TPU slices, the slow network between them carries the data axis only.
+    Raises InputError if the sizes do not multiply to the number of devices, or data not to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": -1, "fsdp": 1, "tensor": 1} | dict(shape or {})
@@ -26,4 +28,14 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     shape = tuple(rest if sizes[axis] == -1 else sizes[axis] for axis in AXES)
     if left or math.prod(shape) != len(devices):
         raise InputError(f"mesh {text} (data x fsdp x tensor) does not fit {len(devices)} devices: set config.mesh")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    data, *others = shape
+    if data % slices:
+        raise InputError(
+            f"mesh {text} (data x fsdp x tensor): {slices} slices divide the data axis, and {data} is not a multiple"
+        )
+    arranged = mesh_utils.create_hybrid_device_mesh((data // slices, *others), (slices, 1, 1), devices=devices)
+    return Mesh(arranged, AXES, axis_types=types)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.config import DiTConfig
@@ -58,7 +59,7 @@ def make_generate(
         denoise = guided(model, labels, scale=guidance, channels=guidance_channels or None)
         x_T = shard_batch(initial_noise(keys, shape))
         latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
-        return codec.decode(decoder, latents, to_uint8)
+        return everywhere(codec.decode(decoder, latents, to_uint8))
 
     return lambda params, labels, keys: generate(params, codec.params, labels, keys)
 
@@ -67,6 +68,13 @@ def image_keys(seed: int, first: int, count: int) -> jax.Array:
     """Keys of the images `first` to `first + count - 1` of a seed: (count,)."""
     key = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
+
+
+def everywhere(pictures: jax.Array) -> jax.Array:
+    """Give every device all the pictures, so that each process can read them; does nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return pictures
+    return jax.lax.with_sharding_constraint(pictures, PartitionSpec())
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

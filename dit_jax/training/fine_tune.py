@@ -13,6 +13,7 @@ from dit_jax.checkpoints.files import open_weights
 from dit_jax.checkpoints.record import Record
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
+from dit_jax.parallel.processes import say
 from dit_jax.parallel.sharding import state_sharding
 from dit_jax.training.resume import changes
 from dit_jax.training.state import TrainState, init_state
@@ -36,7 +37,7 @@ def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> T
     if table.shape != fresh["embedding_table"].shape:
         params["y_embedder"] = fresh
     for line in differences(opened.record, config, class_names):
-        print(f"starting from {opened.origin}: {line}", file=sys.stderr, flush=True)
+        say(f"starting from {opened.origin}: {line}", file=sys.stderr)
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 

@@ -1,8 +1,7 @@
 """The training loop: one for every model, data set and mesh."""
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import InputError
 from dit_jax.files import make_folder, replacing
+from dit_jax.parallel import processes
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding
 from dit_jax.sampling.generate import image_keys, make_generate
@@ -36,9 +36,9 @@ class DivergedError(Exception):
 def train(config: ConfigDict, workdir: str | Path) -> int:
     """Train until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
-    Returns the step reached: less than `config.steps` after SIGTERM or Ctrl-C. Leaves in `workdir`: config.json,
-    checkpoints/, metrics.jsonl, tensorboard/ and previews/. Raises InputError where settings, data and checkpoint do
-    not fit together, and DivergedError.
+    Returns the step reached: less than `config.steps` after SIGTERM or Ctrl-C, in whichever process. Leaves in
+    `workdir`: config.json, checkpoints/, metrics.jsonl, tensorboard/ and previews/. Raises InputError where settings,
+    data and checkpoint do not fit together, and DivergedError.
     """
     mesh, source = make_mesh(config.mesh), open_source(config.data.source)
     inputs = open_inputs(config, source)
@@ -51,17 +51,18 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     store = CheckpointStore(
         make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
-    with closing(store), jax.set_mesh(mesh), stop_signals() as stopping:
+    with closing(store), jax.set_mesh(mesh), processes.stop_signals() as stopping:
         step, state, interval = resume.restore(store, config, mesh) or (0, first_state(config, mesh, class_names), None)
-        with replacing(workdir / "config.json") as temporary:
-            temporary.write_text(config.to_json_best_effort(indent=2))
+        if processes.is_first():
+            with replacing(workdir / "config.json") as temporary:
+                temporary.write_text(config.to_json_best_effort(indent=2))
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
                     state, metrics = train_step(state, next(batches), frozen)
                     step += 1
                     log.dispatched(step, metrics)
-                    ending = stopping() or step == config.steps
+                    ending = stopping(step) or step == config.steps
                     if due(step, config.preview.every):
                         with log.pause():
                             preview(step, state.ema)
@@ -76,8 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                 store.wait()
                 good = [str(store.folder / str(step)) for step in store.steps()[:1]]
                 raise DivergedError(f"{error}; last good checkpoint: {good[0] if good else 'none yet'}") from error
-            if loader.skipped:
-                log.say(f"{loader.skipped} images could not be read; others took their places")
+            if skipped := sum(map(int, processes.gather(str(loader.skipped)))):
+                log.say(f"{skipped} images could not be read; others took their places")
         store.wait()
     return step
 
@@ -150,30 +151,11 @@ def make_preview(
 
     def preview(step: int, params: dict) -> None:
         images = generate(params, labels, image_keys(config.seed, 0, len(labels)))
-        save_grid(folder / f"{step:07d}.png", np.asarray(images), captions)
+        if processes.is_first():
+            save_grid(folder / f"{step:07d}.png", np.asarray(images), captions)
 
     return preview
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGTERM or Ctrl-C has come; a second one acts as if this were not here."""
-    received = []
-
-    def note(number: int, _) -> None:
-        received.append(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        restore()

@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dit_jax.files import replacing
+from dit_jax.parallel.processes import is_first
 
 
 class NotFiniteError(Exception):
@@ -28,7 +29,8 @@ class TrainingLog:
 
     Every `log_every` steps their means make a line of `metrics.jsonl` and a point in TensorBoard, with images/s and,
     where the chip's peak is known, MFU. Lines after `first_step`, by a run that was then killed, are dropped: those
-    steps come again. `interval` is what the next line has so far; it belongs in a checkpoint.
+    steps come again. `interval` is what the next line has so far; it belongs in a checkpoint. Of several processes,
+    all read the metrics and the first one writes.
     """
 
     def __init__(
@@ -49,12 +51,21 @@ class TrainingLog:
         self._late: tuple[int, dict[str, jax.Array]] | None = None
         self._timed_steps, self._clock = 0, None
         self._created = time.perf_counter()
-        path = workdir / "metrics.jsonl"
-        _drop_lines_after(path, first_step)
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._writes = is_first()
+        if self._writes:
+            path = workdir / "metrics.jsonl"
+            _drop_lines_after(path, first_step)
+            self._file = path.open("a")
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         seconds = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(initial=first_step, total=last_step, unit="step", mininterval=seconds, dynamic_ncols=True)
+        self._bar = tqdm(
+            initial=first_step,
+            total=last_step,
+            unit="step",
+            mininterval=seconds,
+            dynamic_ncols=True,
+            disable=not self._writes,
+        )
 
     def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """The device has been given `step`; now there is time to read the one before. Raises NotFiniteError."""
@@ -79,12 +90,14 @@ class TrainingLog:
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self._bar.write(line, file=sys.stderr)
+        if self._writes:
+            self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -112,6 +125,8 @@ class TrainingLog:
     def _write(self, step: int) -> None:
         means = {name: total / self.interval["count"] for name, total in self.interval["sums"].items()}
         self.interval = {"count": 0, "sums": {}}
+        if not self._writes:
+            return
         self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
         line = means | self._speed()
         print(json.dumps({"step": step} | line), file=self._file, flush=True)

@@ -1,0 +1,177 @@
+"""One program in several processes: real ones, on this machine, that are stopped, killed and started again."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_jax.files import read_npz
+
+SMALL = [
+    "--config=configs/digits.py",
+    "--config.model.hidden_size=16",
+    "--config.model.depth=1",
+    "--config.model.num_heads=2",
+    "--config.batch_size=16",
+    "--config.data.flip=true",
+    "--config.sample.steps=2",
+    "--config.preview.count=10",
+    "--config.log_every=1",
+]
+
+
+class Pod:
+    """A command in so many processes with so many devices each; what they print goes to files."""
+
+    def __init__(
+        self, folder: Path, count: int, devices: int, *args: str, of_process: dict[int, list[str]] | None = None
+    ):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.printed = [folder / f"{i}.out" for i in range(count)]
+        self.told = [folder / f"{i}.err" for i in range(count)]
+        self.processes = []
+        for i in range(count):
+            joining = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+            command = [*args, *(joining if count > 1 else []), *(of_process or {}).get(i, [])]
+            with self.printed[i].open("w") as out, self.told[i].open("w") as err:
+                environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+                process = subprocess.Popen(
+                    [sys.executable, "-W", "ignore", "-m", *command], stdout=out, stderr=err, env=environment
+                )
+            self.processes.append(process)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert all(process.poll() is None for process in self.processes), self.account()
+            assert time.monotonic() < deadline, self.account()
+            time.sleep(0.02)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """The exit statuses."""
+        deadline = time.monotonic() + timeout
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not all have ended within {timeout} s:\n{self.account()}") from None
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def succeeds(self) -> str:
+        """What the first process printed; the others print nothing, and on stderr nothing but libraries' logs."""
+        assert self.wait() == [0] * len(self.processes), self.account()
+        for path in self.printed[1:]:
+            lines = path.read_text().splitlines()
+            assert not [line for line in lines if not re.search("Gloo|Rank|peer ranks", line)], self.account()
+        for path in self.told[1:]:
+            lines = path.read_text().splitlines()
+            assert not [line for line in lines if not re.match(r"[IWE]\d{4} ", line)], self.account()
+        return self.printed[0].read_text()
+
+    def account(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in [*self.printed, *self.told])
+
+
+def train(folder: Path, name: str, count: int, devices: int, *args: str, **more) -> Pod:
+    """The train command for the run `name`."""
+    return Pod(
+        folder / f"{name}-{time.monotonic_ns()}", count, devices, "dit_jax.train", *SMALL, f"--workdir={folder / name}",
+        *args, **more,
+    )  # fmt: skip
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.preview.every=5"]
+
+
+def test_four_processes_train_like_one_and_each_resumes_the_others_checkpoint(tmp_path):
+    for name, count, devices in (("one", 1, 8), ("four", 4, 2)):
+        pod = train(tmp_path, name, count, devices, *MESH, "--config.steps=10", "--config.checkpoint.every=5")
+        assert "trained to step 10" in pod.succeeds()
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert list(one) == list(four) == list(range(1, 11))
+    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-6)
+    assert (tmp_path / "four" / "previews" / "0000010.png").exists()
+    for name, count, devices in (("one", 4, 2), ("four", 1, 8)):
+        train(tmp_path, name, count, devices, *MESH, "--config.steps=14").succeeds()
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert list(one) == list(four) == list(range(1, 15))
+    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-6)
+
+
+FOR_LONG = ["--config.steps=1000000", "--config.preview.every=0", "--config.checkpoint.every=10"]
+
+
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_to_one_process_makes_all_save_the_same_step(tmp_path, number, to):
+    pod = train(tmp_path, "run", 2, 1, *FOR_LONG)
+    pod.wait_until(lambda: len(losses(tmp_path / "run")) > 3)
+    pod.processes[to].send_signal(number)
+    stopped = int(re.search(r"stopped and saved at step (\d+)", pod.succeeds())[1])
+    assert checkpoints(tmp_path / "run")[-1] == max(losses(tmp_path / "run")) == stopped
+    more = train(tmp_path, "run", 1, 1, *FOR_LONG, f"--config.steps={stopped + 2}")
+    assert f"trained to step {stopped + 2}" in more.succeeds()
+    assert list(losses(tmp_path / "run")) == list(range(1, stopped + 3))
+
+
+def test_when_a_process_is_killed_the_others_name_it_and_end_and_the_run_goes_on(tmp_path):
+    pods = {killed: train(tmp_path, f"run{killed}", 2, 1, *FOR_LONG) for killed in (0, 1)}
+    for killed, pod in pods.items():
+        pod.wait_until(lambda killed=killed: checkpoints(tmp_path / f"run{killed}"))
+    for killed, pod in pods.items():
+        pod.processes[killed].kill()
+    for killed, pod in pods.items():
+        statuses = pod.wait(timeout=60)
+        assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == 1, pod.account()
+        line = pod.told[1 - killed].read_text().splitlines()[-1]
+        assert line.startswith(f"error: process {killed} of 2 (host {socket.gethostname()}) is missing"), pod.account()
+        assert line.endswith("the same command goes on from the last checkpoint")
+    saved = checkpoints(tmp_path / "run0")[-1]
+    pod = train(tmp_path, "run0", 2, 1, *FOR_LONG, f"--config.steps={saved + 2}")
+    assert f"trained to step {saved + 2}" in pod.succeeds()
+    assert list(losses(tmp_path / "run0")) == list(range(1, saved + 3))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_process_ends_the_others_who_tell_it(tmp_path, failing):
+    wrong = {failing: ["--config.data.source=folder:/nowhere"]}
+    pod = train(tmp_path, "run", 2, 1, *FOR_LONG, of_process=wrong)
+    statuses = pod.wait(timeout=60)
+    assert statuses[failing] == 2 and statuses[1 - failing] == 1, pod.account()
+    assert "error: " in pod.told[failing].read_text() and "/nowhere" in pod.told[failing].read_text()
+    line = pod.told[1 - failing].read_text().strip().splitlines()[-1]
+    assert re.match(rf"error: process {failing} of 2 \(host .*\) has ended: .*/nowhere", line), pod.account()
+
+
+def test_two_processes_draw_the_pictures_of_one(tmp_path):
+    train(tmp_path, "run", 1, 1, "--config.steps=2", "--config.preview.every=0").succeeds()
+    pictures = []
+    for count in (1, 2):
+        args = [f"--weights={tmp_path / 'run'}", f"--out={tmp_path / f'{count}.npz'}", "--count=12", "--batch=6"]
+        printed = Pod(tmp_path / f"sample{count}", count, 2, "dit_jax.sample", *args).succeeds()
+        assert printed.count("wrote") == 1
+        pictures.append(read_npz(tmp_path / f"{count}.npz", ("arr_0",))["arr_0"].astype(int))
+    assert pictures[0].shape == (12, 8, 8, 1)
+    assert np.abs(pictures[1] - pictures[0]).max() <= 1 and (pictures[1] != pictures[0]).mean() < 1e-2
