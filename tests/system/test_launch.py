@@ -221,6 +221,13 @@ def test_a_preempted_pod_comes_again_and_its_run_goes_on(standin):
         assert int(re.search(r"from step (\d+)", log.read_text()).group(1)) > 0 and "at step 100" in log.read_text()
 
 
+def test_a_run_that_fails_on_a_healthy_pod_is_not_started_for_ever(standin):
+    result = tpu_pod("--poll=0.1", "--retries=1", "run", "--forever", "--", "bash", "-c", "echo wrong; exit 3")
+    assert result.returncode == 2 and "given up after 2 failures" in result.stderr
+    for worker in range(2):
+        assert (standin / f"dit-worker{worker}" / "dit_jax.log").read_text().count("\nwrong") == 2
+
+
 def test_gke_jobset_is_what_readme_applies(standin):
     subprocess.run(["kubectl", "apply", "-f", "launch/gke_jobset.yaml"], cwd=ROOT, check=True, capture_output=True)
     assert asked(standin) == [["apply", "-f", "launch/gke_jobset.yaml"]]
