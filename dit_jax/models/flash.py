@@ -1,7 +1,7 @@
 """Attention as one TPU kernel: scores and weights stay on the chip (after Dao et al. 2022, arXiv 2205.14135).
 
-Whole rows of scores fit in a TPU's vector memory at DiT's lengths, so the softmax is the plain one, and the backward pass
-computes the weights again: it keeps qkv, and nothing that grows with the square of the length.
+Whole rows of scores fit in a TPU's vector memory at DiT's lengths, so the softmax is the plain one, and the backward
+pass computes the weights again: it keeps qkv, and nothing that grows with the square of the length.
 """
 
 from functools import partial
@@ -53,6 +53,7 @@ def _run(kernel, share: float, head_dim: int, interpret: bool, *arrays: jax.Arra
             in_specs=[image(array.shape[-1]) for array in arrays],
             out_specs=image(round(columns * share)),
             out_shape=jax.ShapeDtypeStruct((B, N, round(columns * share)), arrays[0].dtype),
+            cost_estimate=_cost(B, N, columns, head_dim, products=2 if kernel is _forward_kernel else 5),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_MEMORY),
             interpret=interpret,
         )(*arrays)
@@ -61,6 +62,16 @@ def _run(kernel, share: float, head_dim: int, interpret: bool, *arrays: jax.Arra
         return on_device(*arrays)
     specs = tuple(TOKENS for _ in arrays)
     return jax.shard_map(on_device, in_specs=specs, out_specs=TOKENS, check_vma=False)(*arrays)
+
+
+def _cost(B: int, N: int, columns: int, head_dim: int, products: int) -> pl.CostEstimate:
+    """What the compiler is told of a kernel with so many products of each head's (N, N) with (N, head_dim)."""
+    heads, result = columns // (3 * head_dim), columns if products > 2 else columns // 3
+    return pl.CostEstimate(
+        flops=2 * products * B * heads * N * N * head_dim,
+        bytes_accessed=2 * B * N * (4 * columns // 3 + (result if products > 2 else 0)),
+        transcendentals=B * heads * N * N,
+    )
 
 
 def _forward_kernel(qkv, out, *, head_dim: int) -> None:

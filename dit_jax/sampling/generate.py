@@ -26,16 +26,28 @@ def make_generate(
     config: DiTConfig,
     process: Mapping[str, Any],
     codec: Codec = IDENTITY,
+    **settings: Any,
+) -> Generate:
+    """A function (params, labels (B,), keys (B,)) -> (B, H, W, C) uint8 pictures; image b depends on its key only.
+
+    All of it, the decoding too, is one compiled program: `make_program`, whose arguments these are.
+    """
+    generate = make_program(config, process, codec, **settings)
+    return lambda params, labels, keys: generate(params, codec.params, labels, keys)
+
+
+def make_program(
+    config: DiTConfig,
+    process: Mapping[str, Any],
+    codec: Codec,
     *,
     sampler: str,
     steps: int,
     guidance: float,
     guidance_channels: int,
     clip_denoised: bool,
-) -> Generate:
-    """A function (params, labels (B,), keys (B,)) -> (B, H, W, C) uint8 pictures; image b depends on its key only.
-
-    All of it, the decoding too, is one compiled program.
+) -> Callable[..., jax.Array]:
+    """The jitted (params, decoder's params, labels (B,), keys (B,)) -> (B, H, W, C) uint8.
 
     Args:
         config: the model's.
@@ -61,7 +73,7 @@ def make_generate(
         latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
         return everywhere(codec.decode(decoder, latents, to_uint8))
 
-    return lambda params, labels, keys: generate(params, codec.params, labels, keys)
+    return generate
 
 
 def image_keys(seed: int, first: int, count: int) -> jax.Array:

@@ -80,16 +80,20 @@ def moments_shape(codec: Codec, image_size: int, channels: int) -> tuple[int, ..
 
 def make_encode(codec: Codec, dtype: np.dtype, mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
     """x (B, S, S, C) in [-1, 1] -> (B, 2, h, w, 2c): the moments of each image and of its mirror image."""
-    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(codec.params, everywhere)
+    params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
+    encode, rows = make_encode_program(codec, dtype, mesh), batch_sharding(mesh)
+    return lambda x: encode(params, jax.device_put(x, rows))
+
+
+def make_encode_program(codec: Codec, dtype: np.dtype, mesh: Mesh) -> Callable[[dict, jax.Array], jax.Array]:
+    """The jitted (codec's params, x) -> moments of `make_encode`."""
 
     def encode(params: dict, x: jax.Array) -> jax.Array:
         both = jnp.stack([x, x[:, :, ::-1]], axis=1)
         moments = codec.moments(params, both.reshape(-1, *x.shape[1:]))
         return moments.reshape(*both.shape[:2], *moments.shape[1:]).astype(dtype)
 
-    jitted = jax.jit(encode, out_shardings=rows)
-    return lambda x: jitted(params, jax.device_put(x, rows))
+    return jax.jit(encode, out_shardings=batch_sharding(mesh))
 
 
 def one_late(

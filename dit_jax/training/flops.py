@@ -1,20 +1,6 @@
-"""Analytic cost of DiT, and the peak of the chips it runs on."""
-
-import jax
+"""Analytic cost of DiT."""
 
 from dit_jax.config import DiTConfig
-
-# Published dense bfloat16 peaks in FLOP/s a device, by a part of `device_kind` (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
 
 
 def forward_macs(config: DiTConfig) -> int:
@@ -36,8 +22,3 @@ def forward_macs(config: DiTConfig) -> int:
 def train_flops(config: DiTConfig) -> int:
     """FLOPs of training on one image: two a multiply-accumulate, forward once and backward twice, no recomputation."""
     return 3 * 2 * forward_macs(config)
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak in FLOP/s, or None where none is published (CPUs)."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.compilation.chips import peak_flops
 from dit_jax.config import DiTConfig
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
@@ -23,7 +24,7 @@ from dit_jax.sampling.generate import image_keys, make_generate
 from dit_jax.sampling.pictures import save_grid
 from dit_jax.training import resume
 from dit_jax.training.fine_tune import first_state
-from dit_jax.training.flops import peak_flops, train_flops
+from dit_jax.training.flops import train_flops
 from dit_jax.training.inputs import Inputs, open_inputs
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
 from dit_jax.training.step import make_train_step

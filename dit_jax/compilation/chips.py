@@ -1,0 +1,127 @@
+"""The chips that DiT is trained on: what their vendors publish, and devices of them to compile for without having any."""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from dit_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published numbers of one chip (vendors' data sheets; TPU pages of Google Cloud)."""
+
+    kind: str
+    """A part of its `device_kind` in JAX."""
+    flops: float
+    """Dense bfloat16 peak, FLOP/s."""
+    memory: float
+    """Bytes of main memory."""
+    bandwidth: float
+    """Of main memory, bytes/s."""
+    links: float
+    """Bytes/s that it sends to its neighbours, over all links."""
+
+
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 300e9),
+    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 400e9),
+    "a100": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
+    "h100": Chip("H100", 989e12, 80e9, 3352e9, 450e9),
+    "h200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
+}
+
+# What XLA's GPU compiler asks of a device: streaming multiprocessors, shared memory and L2 in bytes, clock in GHz, compute
+# capability (NVIDIA's data sheets; CUDA programming guide, "Compute Capabilities").
+GPUS = {
+    "a100": dict(
+        sms=108, shared=167936, per_block=166912, l2=41943040, clock=1.41, major=8, name="NVIDIA A100-SXM4-80GB"
+    ),
+    "h100": dict(
+        sms=132, shared=233472, per_block=232448, l2=52428800, clock=1.98, major=9, name="NVIDIA H100 80GB HBM3"
+    ),
+    "h200": dict(sms=132, shared=233472, per_block=232448, l2=52428800, clock=1.98, major=9, name="NVIDIA H200"),
+}
+
+USAGE = "v5e:4x4 (v4, v5e, v5p, v6e), 2*v5e:4x4 for two slices, h100:8 (a100, h100, h200) or cpu:8"
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's peak in FLOP/s, or None where none is published (CPUs)."""
+    return next((chip.flops for chip in CHIPS.values() if chip.kind in device.device_kind), None)
+
+
+def prepare(topology: str) -> tuple[str, str]:
+    """(chip, platform) of a topology's name. Sets what the compilers read from the environment, so it comes before
+    anything touches a device. Raises InputError for a name that means nothing."""
+    found = re.fullmatch(r"(?:\d+\*)?(\w+):(\d+(?:x\d+)*)", topology)
+    chip = found[1] if found else ""
+    if chip not in CHIPS and chip != "cpu":
+        raise InputError(f"topology {topology!r}: expected one such as {USAGE}")
+    jax.config.update("jax_platforms", "cpu")  # of this process; the compilers need no device
+    if chip == "cpu":
+        jax.config.update("jax_num_cpu_devices", int(found[2]))
+        return chip, "cpu"
+    if chip in GPUS:
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        return chip, "gpu"
+    # libtpu looks for the machine that it is on, and complains about each thing that it does not find.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    }
+    return chip, "tpu"
+
+
+def devices(topology: str) -> list[jax.Device]:
+    """Devices of a topology, after `prepare`: to make a mesh of and to compile for, not to run on."""
+    slices, _, rest = topology.rpartition("*")
+    chip, _, shape = rest.partition(":")
+    if chip == "cpu":
+        return jax.devices("cpu")
+    try:
+        if chip in GPUS:
+            return _gpus(chip, int(shape), int(slices or 1))
+        return _tpus(chip, [int(side) for side in shape.split("x")], int(slices or 1))
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        package = "jax[cuda12]" if chip in GPUS else "jax[tpu]"
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"no compiler for {topology} here ({reason}): pip install '{package}'") from error
+
+
+def _tpus(chip: str, shape: list[int], slices: int) -> list[jax.Device]:
+    options = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(shape) < 4:
+        options["chips_per_host_bounds"] = tuple(shape + [1] * (3 - len(shape)))
+    if chip == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as on v5p
+    name = f"{chip}:{'x'.join(map(str, shape))}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
+def _gpus(chip: str, count: int, hosts: int) -> list[jax.Device]:
+    gpu, data = GPUS[chip], CHIPS[chip]
+    target = f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  fpus_per_core: 128
+          shared_memory_per_block: 49152  shared_memory_per_core: {gpu["shared"]}
+          shared_memory_per_block_optin: {gpu["per_block"]}  registers_per_core_limit: 65536
+          registers_per_block_limit: 65536  core_count: {gpu["sms"]}  l2_cache_size: {gpu["l2"]}
+          block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+          memory_bandwidth: {data.bandwidth:.0f}  device_memory_size: {data.memory:.0f}  clock_rate_ghz: {gpu["clock"]}
+          cuda_compute_capability {{ major: {gpu["major"]} }}
+        }}
+        platform_name: "CUDA"  device_description_str: "{gpu["name"]}"
+        dnn_version_info {{ major: 9  minor: 8 }}  runtime_version {{ major: 12  minor: 8 }}
+    """
+    shape = f"1x{hosts}x{count}"
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=chip, topology=shape, target_config=target
+    ).devices

@@ -1,0 +1,334 @@
+"""What a compiled program does, read off its optimised HLO: products, memory traffic and collectives.
+
+The compiler's own cost analysis counts the body of a loop once; here everything counts as often as it runs.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache, cached_property
+
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+    "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# They name or rename memory and move nothing.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+        "iota", "opt-barrier", "add-dependency"}  # fmt: skip
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array: its shape, its bytes, and whether it lies in the device's main memory (not in scratch memory)."""
+
+    dims: tuple[int, ...]
+    bytes: int
+    main: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that reading or writing all of it moves to or from main memory."""
+        return self.bytes if self.main else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    outputs: tuple[Buffer, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of the program, with the bytes that each device sends, all its runs together."""
+
+    kind: str
+    runs: int
+    bytes: float
+
+
+class Program:
+    """An optimised HLO module of one device."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self.devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
+        current = None
+        for line in text.splitlines():
+            if line.endswith("{") and (head := _HEAD.match(line)):
+                current = self.computations.setdefault(head[2], {})
+                self.entry = head[2] if head[1] else self.entry
+            elif current is not None and (found := _INSTRUCTION.match(line)):
+                instruction = _instruction(*found.groups())
+                current[instruction.name] = instruction
+
+    @cached_property
+    def runs(self) -> list[tuple[str, int]]:
+        """(computation, how often it runs) of those that run as a sequence of instructions; those inside fusions run
+        with their fusion."""
+        found = []
+
+        def visit(name: str, times: int) -> None:
+            found.append((name, times))
+            for instruction in self.computations[name].values():
+                if instruction.opcode == "while":
+                    visit(instruction.attribute("body"), times * self.trip_count(instruction))
+                elif instruction.opcode == "call":
+                    visit(instruction.attribute("to_apply"), times)
+                elif instruction.opcode == "conditional":
+                    for branch in re.findall(r"(?:true|false)_computation=%([\w.\-]+)", instruction.attributes):
+                        visit(branch, times)
+
+        visit(self.entry, 1)
+        return found
+
+    def instructions(self) -> Iterator[tuple[str, Instruction, int]]:
+        """(computation, instruction, runs) of all that run."""
+        for name, times in self.runs:
+            for instruction in self.computations[name].values():
+                yield name, instruction, times
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a loop runs: as the compiler notes, or else until its counter, from 0, reaches a constant."""
+        if known := re.search(r"known_trip_count\D*(\d+)", loop.attributes):
+            return int(known[1])
+        condition, body = (self.computations[loop.attribute(part)] for part in ("condition", "body"))
+        bounds = [int(i.attributes) for i in condition.values() if i.opcode == "constant" and i.attributes.isdigit()]
+        counters = [i.attributes for i in condition.values() if i.opcode == "get-tuple-element"]
+        if len(bounds) != 1 or len(counters) != 1:
+            return 1
+        (result,) = (i for i in body.values() if i.root)
+        counted = body[result.operands[int(re.match(r"index=(\d+)", counters[0])[1])]]
+        while counted.opcode in ("copy", "bitcast"):
+            counted = body[counted.operands[0]]
+        steps = [body[name].attributes for name in counted.operands if body[name].opcode == "constant"]
+        return math.ceil(bounds[0] / int(steps[0])) if steps else bounds[0]
+
+    @cached_property
+    def traffic(self) -> int:
+        """Bytes that are read from and written to a device's main memory."""
+        return sum(times * self.moved(name, i) for name, i, times in self.instructions())
+
+    def moved(self, computation: str, instruction: Instruction) -> int:
+        """Bytes that one run of an instruction reads from and writes to main memory."""
+        opcode, known = instruction.opcode, self.computations[computation]
+        written = sum(output.traffic for output in instruction.outputs)
+        if opcode in FREE or opcode.endswith("-done") or opcode in ("while", "call", "conditional"):
+            return 0
+        if opcode == "custom-call" and any(f'"{target}"' in instruction.attributes for target in FREE_CALLS):
+            return 0
+        operands = [buffer for name in instruction.operands for buffer in known[name].outputs] if known else []
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * written if operands[0].main else written
+        if opcode == "dynamic-update-slice":
+            return 2 * operands[1].bytes if instruction.outputs[0].main else operands[1].traffic
+        if opcode in ("copy-start", "slice-start"):
+            target = instruction.outputs[1] if opcode == "slice-start" else instruction.outputs[0]
+            moved = min(instruction.outputs[0].bytes, instruction.outputs[1].bytes)
+            return moved * (operands[0].main + target.main)
+        if opcode.endswith("-start"):  # its outputs hold its operands too
+            return max(written, sum(operand.traffic for operand in operands))
+        if opcode == "fusion":
+            return self._moved_by_fusion(instruction, [known[name].outputs for name in instruction.operands])
+        return written + sum(operand.traffic for operand in operands)
+
+    def _moved_by_fusion(self, fusion: Instruction, operands: list[tuple[Buffer, ...]]) -> int:
+        inside = self.computations[fusion.attribute("calls")]
+        users = defaultdict(list)
+        for instruction in inside.values():
+            for operand in instruction.operands:
+                users[operand].append(instruction)
+
+        def uses(name: str) -> list[tuple[Instruction, str]]:
+            """Who reads a value, through bitcasts."""
+            found = []
+            for user in users[name]:
+                found += uses(user.name) if user.opcode == "bitcast" else [(user, name)]
+            return found
+
+        total, updated = 0, set()
+        for instruction in inside.values():
+            if instruction.opcode == "dynamic-update-slice":
+                updated.add(instruction.outputs[0].dims)
+                update = inside[instruction.operands[1]].outputs[0]
+                if any(output.main and output.dims == instruction.outputs[0].dims for output in fusion.outputs):
+                    total += update.bytes
+        for output in fusion.outputs:
+            if not (updated and output.elements in {math.prod(dims) for dims in updated}):
+                total += output.traffic
+        parameters = [i for i in inside.values() if i.opcode == "parameter"]
+        for parameter in parameters:
+            buffers = operands[int(parameter.attributes)]
+            readers = uses(parameter.name)
+            if readers and all(user.opcode in ("dynamic-slice", "slice") for user, _ in readers):
+                total += sum(user.outputs[0].bytes for user, _ in readers) * buffers[0].main
+            elif any(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user, name in readers):
+                pass  # in place
+            else:
+                total += sum(buffer.traffic for buffer in buffers)
+        return total
+
+    @cached_property
+    def flops(self) -> int:
+        """Operations of a device's matrix products and convolutions, two a multiply-accumulate."""
+        total = 0
+        for _, instruction, times in self.instructions():
+            if instruction.opcode == "fusion":
+                total += times * self._products(instruction.attribute("calls"))
+        return total + sum(times * self._products(name, nested=False) for name, times in self.runs)
+
+    @cached_property
+    def kernel_flops(self) -> int:
+        """Operations of hand-written kernels, as they themselves say."""
+        total = 0
+        for _, instruction, times in self.instructions():
+            if instruction.opcode == "custom-call" and (said := re.search(r'"flops":"?(\d+)', instruction.attributes)):
+                total += times * int(said[1])
+        return total
+
+    @cache  # noqa: B019  programs are few and die with the command
+    def _products(self, name: str, nested: bool = True) -> int:
+        computation, total = self.computations[name], 0
+        for instruction in computation.values():
+            if instruction.opcode in ("dot", "convolution"):
+                left, right = (computation[operand].outputs[0] for operand in instruction.operands)
+                total += _product(instruction, left, right)
+            elif nested and instruction.opcode == "fusion":
+                total += self._products(instruction.attribute("calls"))
+        return total
+
+    @cached_property
+    def collectives(self) -> dict[str, Collective]:
+        """By kind: how often devices talk to each other and the bytes that each sends, by the ring algorithms."""
+        counts, sent = defaultdict(int), defaultdict(float)
+        seen = set()
+        for name, times in self._with_fusions():
+            for instruction in self.computations[name].values():
+                kind = instruction.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+                if channel and channel[1] in seen:  # one operation, started and finished by several fusions
+                    continue
+                seen.add(channel and channel[1])
+                group = self._group_size(instruction)
+                result = instruction.outputs
+                if instruction.opcode.endswith("-start") and kind != "all-reduce":
+                    result = result[len(result) // 2 :] if kind != "collective-permute" else result[1:2]
+                size = sum(output.bytes for output in result)
+                counts[kind] += times
+                sent[kind] += times * size * _ring_share(kind, group)
+        return {kind: Collective(kind, counts[kind], sent[kind]) for kind in COLLECTIVES if kind in counts}
+
+    def _with_fusions(self) -> Iterator[tuple[str, int]]:
+        for name, times in self.runs:
+            yield name, times
+            for instruction in self.computations[name].values():
+                if instruction.opcode == "fusion" or instruction.opcode.startswith("async-start"):
+                    called = instruction.attribute("calls")
+                    if called:
+                        yield called, times
+
+    def _group_size(self, instruction: Instruction) -> int:
+        text = instruction.attributes
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+            return int(found[2])
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+            sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+            return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", found[2]))
+        if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+            return found[1].count(",") + 1
+        return self.devices
+
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_BUFFER = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+def _instruction(root: str | None, name: str, rest: str) -> Instruction:
+    end = _matching(rest) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].strip()
+    opcode, _, rest = rest.partition("(")
+    close = _matching("(" + rest) - 2
+    inside, attributes = rest[:close], rest[close + 1 :].lstrip(", ")
+    if opcode in ("constant", "parameter"):
+        return Instruction(name, opcode, _buffers(shape), (), inside, bool(root))
+    return Instruction(name, opcode, _buffers(shape), tuple(re.findall(r"%([\w.\-]+)", inside)), attributes, bool(root))
+
+
+def _matching(text: str) -> int:
+    """The place behind the bracket that closes the first one."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place + 1
+    return len(text)
+
+
+def _buffers(shape: str) -> tuple[Buffer, ...]:
+    found = []
+    for dtype, dims, layout in _BUFFER.findall(re.sub(r"/\*.*?\*/", "", shape)):
+        dims = tuple(int(d) for d in dims.split(",") if d)
+        found.append(Buffer(dims, math.prod(dims) * BYTES.get(dtype, 0), not re.search(r"S\([1-9]", layout)))
+    return tuple(found)
+
+
+def _product(instruction: Instruction, left: Buffer, right: Buffer) -> int:
+    outputs = instruction.outputs[0].elements
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        return 2 * outputs * math.prod(left.dims[int(d)] for d in contracted.split(",") if d)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    result = instruction.outputs[0].dims
+    products = result[labels[3].index("b")] * result[labels[3].index("f")] * right.dims[labels[2].index("i")]
+    for axis in (letter for letter in labels[3] if letter.isdigit()):
+        place = int(axis)
+        window = {name: _numbers(instruction.attributes, name, place) for name in _WINDOW}
+        low = window["pad"][0] if window["pad"] else 0
+        (stride,), (spread,), (taps_apart,) = (window[name] or (1,) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        size = left.dims[labels[1].index(axis)]
+        # Products with zeros, between and around the values, are none: XLA writes some pairs of products so.
+        products *= sum(
+            (place := o * stride + tap * taps_apart - low) % spread == 0 and 0 <= place // spread < size
+            for o in range(result[labels[3].index(axis)])
+            for tap in range(right.dims[labels[2].index(axis)])
+        )
+    return 2 * products
+
+
+_WINDOW = ("pad", "stride", "lhs_dilate", "rhs_dilate")
+
+
+def _numbers(attributes: str, name: str, axis: int) -> tuple[int, ...]:
+    """What a window says of an axis: `pad=1_1x0_0` is (1, 1) of the first and (0, 0) of the second."""
+    found = re.search(rf"window={{[^}}]*\b{name}=([\d_x\-]+)", attributes)
+    return tuple(int(number) for number in found[1].split("x")[axis].split("_")) if found else ()
+
+
+def _ring_share(kind: str, devices: int) -> float:
+    """Bytes that a device sends for each byte of the result."""
+    return {
+        "all-gather": (devices - 1) / devices,
+        "all-reduce": 2 * (devices - 1) / devices,
+        "reduce-scatter": devices - 1,
+        "all-to-all": (devices - 1) / devices,
+        "collective-permute": 1,
+    }[kind]

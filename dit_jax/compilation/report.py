@@ -1,0 +1,178 @@
+"""What a program costs on the chips that it was compiled for: memory, products, traffic, talk, and an estimate of time."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dit_jax.compilation.chips import Chip
+from dit_jax.compilation.hlo import Program
+from dit_jax.compilation.programs import lower
+from dit_jax.config import DiTConfig
+from dit_jax.models.dit import abstract_dit
+from dit_jax.training.flops import forward_macs, train_flops
+
+FORMULA = (
+    "the longest of FLOPs / peak, traffic / bandwidth and bytes sent / link bandwidth, each at its published best and all "
+    "at the same time"
+)
+
+
+def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
+    """Compile a program and read off what it costs a chip. `fits` is False if the compiler, or the chip's memory, says so.
+
+    Sizes are bytes of one device and of one run of the program, FLOPs two a multiply-accumulate; times in seconds.
+    """
+    started = time.perf_counter()
+    lowered = lower(what, config, mesh)
+    lowering, started = time.perf_counter() - started, time.perf_counter()
+    report = {
+        "what": what,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "remat": config.model.remat,
+        "attention_kernel": config.model.attention_kernel,
+        "dtype": config.model.dtype,
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
+            raise
+        return report | {"fits": False, "reason": _needed(str(error))}
+    report |= {"lower_seconds": lowering, "compile_seconds": time.perf_counter() - started}
+    program, memory = Program(compiled.as_text()), _memory(compiled.memory_analysis())
+    analytic = _analytic_flops(what, config) / mesh.size
+    report |= {
+        "fits": chip is None or memory["live"] <= chip.memory,
+        "memory": memory | ({"chip": chip.memory} if chip else {}),
+        "flops": {"analytic": analytic, "compiled": program.flops, "attention_kernels": program.kernel_flops},
+        "traffic": program.traffic,
+        "collectives": {
+            kind: {"count": collective.runs, "bytes": collective.bytes}
+            for kind, collective in program.collectives.items()
+        },
+    }
+    if what == "train":
+        report["collectives_minimum"] = minimum_sent(config, mesh)
+    if chip:
+        report["estimate"] = _estimate(report, chip)
+    return report
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The most images a device that fit, by doubling and then by halving the interval; 0 if not even one."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def minimum_sent(config: ConfigDict, mesh: Mesh) -> dict[str, float]:
+    """Bytes that each device must send in a training step, in the dtypes that we compute in, by ring algorithms.
+
+    Blocks' weights are gathered over fsdp twice, forward and backward, and their gradients summed and scattered once;
+    modulations stay where they are. Over data every gradient is summed and given to all. Over tensor each block sums
+    its tokens twice forward and twice backward.
+    """
+    model = DiTConfig(**config.model)
+    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    paths = jax.tree_util.tree_leaves_with_path(abstract_dit(model)[1])
+    gathered = staying = 0
+    for path, leaf in paths:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith("blocks/adaLN"):
+            staying += 4 * leaf.size
+        else:
+            size = jnp.dtype(model.compute_dtype).itemsize if name.startswith("blocks/") else 4
+            gathered += size * leaf.size / tensor
+    tokens = (model.input_size // model.patch_size) ** 2 * config.batch_size / (data * fsdp)
+    activations = tokens * model.hidden_size * jnp.dtype(model.compute_dtype).itemsize
+    return {
+        "all-gather": 2 * gathered * (fsdp - 1) / fsdp,
+        "reduce-scatter": gathered * (fsdp - 1) / fsdp,
+        "all-reduce": 2 * (gathered + staying) / fsdp * (data - 1) / data
+        + 4 * model.depth * 2 * activations * (tensor - 1) / tensor,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Reports as a table, one a line."""
+    head = f"{'mesh':>10} {'batch':>6} {'remat':>6} {'attention':>9} {'fits':>5} {'live GiB':>8} {'TFLOP':>7} {'GB moved':>8} {'GB sent':>7} {'step, s':>8} {'MFU':>5} {'compiled, s':>11}"  # noqa: E501
+    lines = [head]
+    for row in rows:
+        mesh = "x".join(str(size) for size in row["mesh"].values())
+        line = (
+            f"{mesh:>10} {row['batch_size']:>6} {row['remat']:>6} {row['attention_kernel']:>9} {_yes(row['fits']):>5} "
+        )
+        if "memory" not in row:
+            lines.append(line + row["reason"])
+            continue
+        sent = sum(kind["bytes"] for kind in row["collectives"].values())
+        line += f"{row['memory']['live'] / 2**30:8.2f} {_flops(row) / 1e12:7.2f} {row['traffic'] / 1e9:8.1f} {sent / 1e9:7.2f} "
+        estimate = row.get("estimate", {"seconds": math.nan, "mfu": math.nan})
+        lines.append(line + f"{estimate['seconds']:8.3f} {estimate['mfu']:5.0%} {row['compile_seconds']:11.0f}")
+    return "\n".join(lines)
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row that fits and gets most images a second by the estimate."""
+    fitting = [row for row in rows if row["fits"] and "estimate" in row]
+    return max(fitting, key=lambda row: row["batch_size"] / row["estimate"]["seconds"], default=None)
+
+
+def _memory(stats: Any) -> dict[str, int]:
+    sizes = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporary": stats.temp_size_in_bytes,
+    }
+    return sizes | {"live": sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"]}
+
+
+def _needed(message: str) -> str:
+    """The compiler's own words on what it needed and what there is."""
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    return f"needs {found[1]} of {found[2]}" if found else " ".join(message.split())[:200]
+
+
+def _analytic_flops(what: str, config: ConfigDict) -> float:
+    model = DiTConfig(**config.model)
+    passes = config.sample.steps * (2 if config.sample.guidance != 1 else 1)
+    per_image = {"train": train_flops(model), "sample": 2 * forward_macs(model) * passes, "encode": 0}
+    return per_image[what] * config.batch_size
+
+
+def _flops(report: dict[str, Any]) -> float:
+    return report["flops"]["compiled"] + report["flops"]["attention_kernels"]
+
+
+def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:
+    sent = sum(kind["bytes"] for kind in report["collectives"].values())
+    parts = {
+        "compute": _flops(report) / chip.flops,
+        "memory": report["traffic"] / chip.bandwidth,
+        "network": sent / chip.links,
+    }
+    seconds = max(parts.values())
+    return {
+        "seconds": seconds,
+        "bound_by": max(parts, key=parts.get),
+        "parts": parts,
+        "mfu": report["flops"]["analytic"] / chip.flops / seconds,
+        "formula": FORMULA,
+    }
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
