@@ -1,4 +1,4 @@
-"""Compile the real program for chips that are not here: does it fit, what does it compute, move and send, how fast is it.
+"""Compile the real program for chips that are not here: does it fit, what does it cost, and how fast may it be.
 
 TPUs need `pip install libtpu` (jax[tpu]), NVIDIA chips jax[cuda12]; neither needs the hardware.
 
@@ -39,9 +39,6 @@ def main() -> None:
         if LARGEST.value:
             rows[-1]["largest_batch_a_chip"] = largest_batch(config, devices, chip, platform)
     print(report.table(rows))
-    for row in rows:
-        if "largest_batch_a_chip" in row:
-            print(f"remat={row['remat']}: at most {row['largest_batch_a_chip']} images a chip")
     if len(rows) == 1 and "memory" in rows[0]:
         print(details(rows[0]))
     elif winner := report.best(rows):
@@ -99,7 +96,7 @@ def details(row: dict) -> str:
     lines = ["memory a chip, GiB: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())]
     total = flops["compiled"] + flops["attention_kernels"]
     lines.append(
-        f"TFLOP a chip: {total / 1e12:.2f} compiled ({flops["attention_kernels"] / 1e12:.2f} of them in attention), "
+        f"TFLOP a chip: {total / 1e12:.2f} compiled ({flops['attention_kernels'] / 1e12:.2f} of them in attention), "
         f"{flops['analytic'] / 1e12:.2f} analytic without recomputation ({total / (flops['analytic'] or total):.3f})"
     )
     for kind, collective in row["collectives"].items():

@@ -1,4 +1,4 @@
-"""The chips that DiT is trained on: what their vendors publish, and devices of them to compile for without having any."""
+"""The chips that DiT runs on: what their vendors publish, and devices of them to compile for without having any."""
 
 import dataclasses
 import math
@@ -37,8 +37,8 @@ CHIPS = {
     "h200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
 }
 
-# What XLA's GPU compiler asks of a device: streaming multiprocessors, shared memory and L2 in bytes, clock in GHz, compute
-# capability (NVIDIA's data sheets; CUDA programming guide, "Compute Capabilities").
+# What XLA's GPU compiler asks of a device: streaming multiprocessors, shared memory and L2 in bytes, clock in GHz,
+# compute capability (NVIDIA's data sheets; CUDA programming guide, "Compute Capabilities").
 GPUS = {
     "a100": dict(
         sms=108, shared=167936, per_block=166912, l2=41943040, clock=1.41, major=8, name="NVIDIA A100-SXM4-80GB"

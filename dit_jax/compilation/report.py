@@ -1,6 +1,5 @@
-"""What a program costs on the chips that it was compiled for: memory, products, traffic, talk, and an estimate of time."""
+"""What a program costs on the chips that it was compiled for: memory, products, traffic, talk; an estimate of time."""
 
-import math
 import re
 import time
 from collections.abc import Callable
@@ -18,14 +17,11 @@ from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
 from dit_jax.training.flops import forward_macs, train_flops
 
-FORMULA = (
-    "the longest of FLOPs / peak, traffic / bandwidth and bytes sent / link bandwidth, each at its published best and all "
-    "at the same time"
-)
+FORMULA = "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / link bandwidth: published peaks, all at once"
 
 
 def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
-    """Compile a program and read off what it costs a chip. `fits` is False if the compiler, or the chip's memory, says so.
+    """Compile a program and read off what it costs a chip; `fits` is False if it takes more memory than there is.
 
     Sizes are bytes of one device and of one run of the program, FLOPs two a multiply-accumulate; times in seconds.
     """
@@ -107,21 +103,41 @@ def minimum_sent(config: ConfigDict, mesh: Mesh) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Reports as a table, one a line."""
-    head = f"{'mesh':>10} {'batch':>6} {'remat':>6} {'attention':>9} {'fits':>5} {'live GiB':>8} {'TFLOP':>7} {'GB moved':>8} {'GB sent':>7} {'step, s':>8} {'MFU':>5} {'compiled, s':>11}"  # noqa: E501
-    lines = [head]
+    lines = ["".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items())]
     for row in rows:
-        mesh = "x".join(str(size) for size in row["mesh"].values())
-        line = (
-            f"{mesh:>10} {row['batch_size']:>6} {row['remat']:>6} {row['attention_kernel']:>9} {_yes(row['fits']):>5} "
-        )
-        if "memory" not in row:
-            lines.append(line + row["reason"])
-            continue
-        sent = sum(kind["bytes"] for kind in row["collectives"].values())
-        line += f"{row['memory']['live'] / 2**30:8.2f} {_flops(row) / 1e12:7.2f} {row['traffic'] / 1e9:8.1f} {sent / 1e9:7.2f} "
-        estimate = row.get("estimate", {"seconds": math.nan, "mfu": math.nan})
-        lines.append(line + f"{estimate['seconds']:8.3f} {estimate['mfu']:5.0%} {row['compile_seconds']:11.0f}")
+        cells = []
+        for width, cell in COLUMNS.values():
+            try:
+                cells.append(f"{cell(row):>{width}}")
+            except KeyError:  # it does not fit, or the chip has no published numbers
+                cells.append(" " * width)
+        lines.append("".join(cells).rstrip() + (f"  {row['reason']}" if "reason" in row else ""))
     return "\n".join(lines)
+
+
+def _sent(row: dict[str, Any]) -> float:
+    return sum(kind["bytes"] for kind in row["collectives"].values())
+
+
+def _flops(row: dict[str, Any]) -> float:
+    return row["flops"]["compiled"] + row["flops"]["attention_kernels"]
+
+
+COLUMNS: dict[str, tuple[int, Callable[[dict], str]]] = {
+    "mesh": (10, lambda row: "x".join(str(size) for size in row["mesh"].values())),
+    "batch": (7, lambda row: str(row["batch_size"])),
+    "remat": (7, lambda row: row["remat"]),
+    "attention": (11, lambda row: row["attention_kernel"]),
+    "fits": (6, lambda row: "yes" if row["fits"] else "no"),
+    "live GiB": (10, lambda row: f"{row['memory']['live'] / 2**30:.2f}"),
+    "TFLOP": (8, lambda row: f"{_flops(row) / 1e12:.2f}"),
+    "GB moved": (10, lambda row: f"{row['traffic'] / 1e9:.1f}"),
+    "GB sent": (9, lambda row: f"{_sent(row) / 1e9:.2f}"),
+    "step s": (8, lambda row: f"{row['estimate']['seconds']:.3f}"),
+    "MFU": (6, lambda row: f"{row['estimate']['mfu']:.0%}"),
+    "largest": (9, lambda row: str(row["largest_batch_a_chip"])),
+    "compiled s": (12, lambda row: f"{row['compile_seconds']:.0f}"),
+}
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -153,16 +169,11 @@ def _analytic_flops(what: str, config: ConfigDict) -> float:
     return per_image[what] * config.batch_size
 
 
-def _flops(report: dict[str, Any]) -> float:
-    return report["flops"]["compiled"] + report["flops"]["attention_kernels"]
-
-
 def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:
-    sent = sum(kind["bytes"] for kind in report["collectives"].values())
     parts = {
         "compute": _flops(report) / chip.flops,
         "memory": report["traffic"] / chip.bandwidth,
-        "network": sent / chip.links,
+        "network": _sent(report) / chip.links,
     }
     seconds = max(parts.values())
     return {
@@ -172,7 +183,3 @@ def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:
         "mfu": report["flops"]["analytic"] / chip.flops / seconds,
         "formula": FORMULA,
     }
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

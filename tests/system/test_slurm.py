@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINING = Path(__file__).parent / "standins" / "training.py"
 
 SMALL = [
-    "--config.steps=400",
+    "--config.steps=200",
     "--config.model.hidden_size=16",
     "--config.model.depth=1",
     "--config.model.num_heads=2",
     "--config.batch_size=16",
     "--config.log_every=10",
     "--config.preview.every=0",
-    "--config.checkpoint.every=100",
+    "--config.checkpoint.every=50",
 ]
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CONF = """
@@ -190,7 +190,7 @@ def killed_training(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     command = [sys.executable, "-m", "dit_jax.train", "--config=configs/digits.py", f"--workdir={folder}", *SMALL]
     job = Job(folder / "log", *command, options=["--partition=urgent"])
-    wait_until((folder / "checkpoints" / "100").exists, seconds=120)
+    wait_until((folder / "checkpoints" / "50").exists, seconds=120)
     os.kill(job.task(1), signal.SIGKILL)
     return job
 
@@ -250,6 +250,6 @@ def test_a_training_goes_on_after_a_task_was_killed(killed_training):
     assert killed_training.end(seconds=120) == ("COMPLETED", "0", "1")
     log, workdir = killed_training.log.read_text(), killed_training.log.parent
     assert "error: process 1 of 2" in log and "back into the queue" in log
-    assert "0: trained to step 400" in log
+    assert "0: trained to step 200" in log
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(10, 410, 10))
+    assert steps == list(range(10, 210, 10))
