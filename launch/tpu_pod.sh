@@ -261,7 +261,7 @@ do_it() {
 }
 
 say() {
-    echo "== $*"
+    [ -n "$DRY_RUN" ] || echo "== $*"
 }
 
 fail() {

@@ -24,6 +24,7 @@ SMALL = [
     "--config.model.hidden_size=16",
     "--config.model.depth=1",
     "--config.model.num_heads=2",
+    "--config.model.unroll=1",
     "--config.batch_size=16",
     "--config.log_every=10",
     "--config.preview.every=0",
