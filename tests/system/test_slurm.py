@@ -191,7 +191,7 @@ def killed_training(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     command = [sys.executable, "-m", "dit_jax.train", "--config=configs/digits.py", f"--workdir={folder}", *SMALL]
     job = Job(folder / "log", *command, options=["--partition=urgent"])
-    wait_until((folder / "checkpoints" / "50").exists, seconds=120)
+    wait_until((folder / "checkpoints" / "50").exists, seconds=240)
     os.kill(job.task(1), signal.SIGKILL)
     return job
 
@@ -248,7 +248,7 @@ def test_dry_run_prints_what_would_run():
 def test_a_training_goes_on_after_a_task_was_killed(killed_training):
     wait_until(lambda: killed_training.facts()["Restarts"] == "1", seconds=60)
     killed_training.hurry()
-    assert killed_training.end(seconds=120) == ("COMPLETED", "0", "1")
+    assert killed_training.end(seconds=240) == ("COMPLETED", "0", "1")
     log, workdir = killed_training.log.read_text(), killed_training.log.parent
     assert "error: process 1 of 2" in log and "back into the queue" in log
     assert "0: trained to step 200" in log
