@@ -47,9 +47,14 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, trees: dict[str, Tree], record: dict) -> None:
-        """Start to write the checkpoint of `step`; returns as soon as the arrays may change again."""
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        """Start to write the checkpoint of `step`; returns as soon as the arrays may change again.
+
+        That is when the devices have read them once for the checksums and copied them to the host.
+        """
         sums = {name: int(checksum(tree)) for name, tree in trees.items()}
+        if jax.default_backend() == "cpu":  # there the host's copy is the array: the next step would wait to change it
+            trees = jax.jit(lambda trees: jax.tree.map(jnp.copy, trees))(trees)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         record = ocp.args.JsonSave({"checksums": sums} | record)
         self._manager.save(step, args=ocp.args.Composite(record=record, **items))
 

@@ -1,0 +1,37 @@
+"""What the store computes of a state that is spread over devices."""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dit_jax.checkpoints.store import checksum
+from dit_jax.parallel.mesh import make_mesh
+
+
+def spread(tree: dict) -> dict:
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    specs = {"a": P(None, "fsdp", "tensor"), "b": P("tensor", "fsdp"), "c": P()}
+    return {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in tree.items()}
+
+
+def numbers() -> dict:
+    random = np.random.default_rng(0)
+    shapes = {"a": (3, 8, 4), "b": (6, 10), "c": ()}
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_the_checksum_of_a_state_does_not_depend_on_the_devices_and_gathers_nothing():
+    tree = numbers()
+    assert int(checksum(spread(tree))) == int(checksum(tree))
+    program = checksum.lower(spread(tree)).compile().as_text()
+    assert "all-reduce" in program
+    assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in program]
+
+
+def test_every_bit_counts_and_every_place():
+    tree = numbers()
+    changed = tree | {"b": tree["b"].copy()}
+    changed["b"].view(np.uint32)[5, 9] ^= 1
+    swapped = tree | {"a": np.ascontiguousarray(tree["a"][:, ::-1])}
+    assert len({int(checksum(each)) for each in (tree, changed, swapped)}) == 3
