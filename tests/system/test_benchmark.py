@@ -31,7 +31,7 @@ def test_the_autoencoder_and_its_peer_are_measured_in_turn(tmp_path):
     config = AutoencoderConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)
     save_autoencoder(AutoencoderKL(config, rngs=nnx.Rngs(0)), tmp_path / "a.safetensors")
     result = run(
-        "autoencoder",
+        "encode",
         f"--autoencoder={tmp_path / 'a.safetensors'}",
         "--peer=diffusers",
         "--image_size=32",
@@ -44,4 +44,4 @@ def test_the_autoencoder_and_its_peer_are_measured_in_turn(tmp_path):
 
 def test_an_unknown_part_is_refused():
     result = run("everything")
-    assert result.returncode == 2 and "expected one of data, autoencoder" in result.stderr
+    assert result.returncode == 2 and "expected one of train, sample, forward, data, encode" in result.stderr
