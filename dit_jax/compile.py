@@ -73,7 +73,7 @@ def changed(config, changes: str):
 
     from dit_jax.errors import InputError
 
-    config = ConfigDict(config)
+    config = ConfigDict(config.to_dict())  # a copy to its depth
     for change in filter(None, changes.split(",")):
         field, _, value = change.partition("=")
         *path, name = field.split(".")

@@ -1,0 +1,79 @@
+"""What is read off a compiled program is what it does, however often its loops run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dit_jax.compilation.hlo import Program
+from dit_jax.parallel.mesh import make_mesh
+
+
+def compiled(function, *shapes) -> Program:
+    return Program(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def array(*shape: int, sharding=None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+def test_products_in_a_loop_count_as_often_as_it_runs():
+    def many(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=7)[0]
+
+    assert compiled(many, array(16, 32), array(32, 32)).flops == 7 * 2 * 16 * 32 * 32
+
+
+def test_loops_in_loops_multiply():
+    def many(x, w):
+        def outer(x, _):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=3)[0] * 2.0, None
+
+        return jax.lax.scan(outer, x, length=5)[0]
+
+    assert compiled(many, array(16, 32), array(32, 32)).flops == 15 * 2 * 16 * 32 * 32
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (2, 1, 1), (1, 1, 0)])
+def test_convolutions_count_the_products_that_are_not_with_padding(size, stride, padding):
+    def convolve(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        sides = ((padding, padding),) * 2
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), sides, dimension_numbers=layout)
+
+    places = np.arange(-padding, 8 + padding - size + 1, stride)[:, None] + np.arange(size)
+    inside = int(((places >= 0) & (places < 8)).sum())
+    program = compiled(convolve, array(2, 8, 8, 4), array(size, size, 4, 6))
+    assert program.flops == 2 * 2 * inside**2 * 4 * 6
+
+
+def test_reading_and_writing_a_large_array_is_its_traffic():
+    program = compiled(lambda x: x * 2.0 + 1.0, array(1024, 1024))
+    assert program.traffic == 2 * 4 * 1024 * 1024
+
+
+def test_a_slice_of_a_stack_is_all_that_a_loop_reads_of_it():
+    def through(x, stack):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), x, stack)[0]
+
+    program = compiled(through, array(256, 256), array(64, 256, 256))
+    stack = 4 * 64 * 256 * 256
+    assert stack < program.traffic < 6 * stack  # reading all of it each time would be 64
+
+
+def test_what_devices_send_is_what_ring_algorithms_send():
+    mesh = make_mesh({"data": 8})
+    rows = NamedSharding(mesh, P("data"))
+
+    def mean_gradient(w, x):
+        return jax.grad(lambda w: ((x @ w) ** 2).sum())(w)
+
+    with jax.set_mesh(mesh):
+        whole = NamedSharding(mesh, P())
+        step = jax.jit(mean_gradient, out_shardings=whole)
+        text = step.lower(array(32, 64, sharding=whole), array(128, 32, sharding=rows)).compile().as_text()
+    (collective,) = Program(text).collectives.values()
+    assert collective.kind == "all-reduce" and collective.runs == 1
+    assert collective.bytes == 2 * 7 / 8 * 4 * 32 * 64

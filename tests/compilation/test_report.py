@@ -1,0 +1,67 @@
+"""Reports on real programs: products as analysis says, talk near the least possible, bisection that finds the limit."""
+
+import dataclasses
+
+import pytest
+
+from dit_jax.compilation import chips, report
+from dit_jax.config import DiTConfig, base_config
+from dit_jax.errors import InputError
+from dit_jax.parallel.mesh import make_mesh
+
+
+def small_config():
+    config = base_config()
+    config.batch_size = 16
+    config.data.source = "latents:nowhere"
+    model = DiTConfig(input_size=8, hidden_size=64, depth=3, num_heads=4, num_classes=10, dtype="float32")
+    config.model.update(dataclasses.asdict(model))
+    return config
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}])
+def test_a_training_step_computes_what_analysis_says_and_sends_little_more_than_it_must(shape):
+    config = small_config()
+    row = report.measure("train", config, make_mesh(shape), None)
+    assert row["fits"] and row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
+    sent = sum(kind["bytes"] for kind in row["collectives"].values())
+    print(row["collectives"], row["collectives_minimum"])
+    assert sent < 2.5 * sum(row["collectives_minimum"].values())
+    assert row["traffic"] > 0 and row["memory"]["live"] > 0
+
+
+def test_recomputation_shows_as_more_products():
+    rows = []
+    for remat in ("none", "full"):
+        config = small_config()
+        config.model.remat = remat
+        rows.append(report.measure("train", config, make_mesh({"data": 8}), None)["flops"]["compiled"])
+    assert 1.2 < rows[1] / rows[0] < 1.4
+
+
+def test_sampling_counts_every_step_and_both_halves_of_guidance():
+    config = small_config()
+    config.data.source = "digits"  # pixels: nothing to decode
+    config.sample.steps = 5
+    row = report.measure("sample", config, make_mesh({"data": 8}), None)
+    assert row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 13, 16])
+def test_the_largest_batch_is_found_within_an_eighth(limit):
+    found = report.largest_batch(lambda images: images <= limit)
+    assert found <= limit < max(1, found * 1.125) + 1
+
+
+def test_a_chip_too_small_does_not_fit_and_the_estimate_is_bound_by_its_slowest_part():
+    tiny = chips.Chip("x", flops=1e12, memory=1e3, bandwidth=1e3, links=1e12)
+    row = report.measure("train", small_config(), make_mesh({"data": 8}), tiny)
+    assert not row["fits"] and row["estimate"]["bound_by"] == "memory"
+    assert row["estimate"]["seconds"] == pytest.approx(row["traffic"] / 1e3)
+    assert "no" in report.table([row]) and report.best([row]) is None
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:2xx4", "cpu"])
+def test_an_unknown_topology_is_refused(name):
+    with pytest.raises(InputError, match="expected one such as"):
+        chips.prepare(name)
