@@ -53,7 +53,7 @@ class CheckpointStore:
         """
         sums = {name: int(checksum(tree)) for name, tree in trees.items()}
         if jax.default_backend() == "cpu":  # there the host's copy is the array: the next step would wait to change it
-            trees = jax.jit(lambda trees: jax.tree.map(jnp.copy, trees))(trees)
+            trees = _copies(trees)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         record = ocp.args.JsonSave({"checksums": sums} | record)
         self._manager.save(step, args=ocp.args.Composite(record=record, **items))
@@ -144,6 +144,11 @@ def _unheard_abandoned_reads(raised) -> None:
     each would print a traceback over the one line that says what is wrong."""
     if str(raised.exc_value) != "Event loop is closed":
         _hooks[-1](raised)
+
+
+@jax.jit
+def _copies(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit

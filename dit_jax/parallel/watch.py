@@ -101,7 +101,7 @@ class Watch:
             except ConnectionRefusedError:
                 self._closed = True
             except OSError:  # of the network between, which may come back
-                pass
+                self._stopped.wait(PERIOD)
             self._stopped.wait(PERIOD / 10)
 
     def _judge(self) -> None:
@@ -112,12 +112,10 @@ class Watch:
             verdict = self._verdict(ended)
             if verdict:
                 self._end_once()
-                print(f"error: {verdict}", file=sys.stderr)
+                print(f"\nerror: {verdict}", file=sys.stderr)  # below a progress bar
                 self._leave(verdict, 1)
 
     def _verdict(self, ended: list[int]) -> str | None:
-        if ended:
-            return f"{self._name(ended[0])} has ended: {self._ends[ended[0]]}"
         if self._closed:
             return f"{self._name(0)} is missing: its connection is closed; {self._advice}"
         silent = {other: time.monotonic() - since for other, (_, since) in self._beats.items()}
@@ -125,7 +123,7 @@ class Watch:
         gone = 0 if silent[self._index] > SILENCE else max(silent, key=silent.get)
         if silent[gone] > SILENCE:
             return f"{self._name(gone)} is missing: no sign of life for {SILENCE:.0f} s; {self._advice}"
-        return None
+        return f"{self._name(ended[0])} has ended: {self._ends[ended[0]]}" if ended else None
 
     def _name(self, other: int) -> str:
         host = self._beats[other][0].partition(" ")[2]
