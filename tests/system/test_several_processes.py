@@ -103,19 +103,20 @@ def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.preview.every=5"]
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
 def test_four_processes_train_like_one_and_each_resumes_the_others_checkpoint(tmp_path):
     for name, count, devices in (("one", 1, 8), ("four", 4, 2)):
-        pod = train(tmp_path, name, count, devices, *MESH, "--config.steps=10", "--config.checkpoint.every=5")
+        previews = f"--config.preview.every={10 * (count == 4)}"
+        pod = train(tmp_path, name, count, devices, *MESH, previews, "--config.steps=10", "--config.checkpoint.every=5")
         assert "trained to step 10" in pod.succeeds()
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert list(one) == list(four) == list(range(1, 11))
     np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-6)
     assert (tmp_path / "four" / "previews" / "0000010.png").exists()
     for name, count, devices in (("one", 4, 2), ("four", 1, 8)):
-        train(tmp_path, name, count, devices, *MESH, "--config.steps=14").succeeds()
+        train(tmp_path, name, count, devices, *MESH, "--config.preview.every=0", "--config.steps=14").succeeds()
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert list(one) == list(four) == list(range(1, 15))
     np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-6)
@@ -154,10 +155,13 @@ def test_when_a_process_is_killed_the_others_name_it_and_end_and_the_run_goes_on
     assert list(losses(tmp_path / "run0")) == list(range(1, saved + 3))
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_one_process_ends_the_others_who_tell_it(tmp_path, failing):
-    wrong = {failing: ["--config.data.source=folder:/nowhere"]}
-    pod = train(tmp_path, "run", 2, 1, *FOR_LONG, of_process=wrong)
+@pytest.mark.parametrize(("command", "failing"), [("train", 0), ("encode", 1)])
+def test_an_error_in_one_process_ends_the_others_who_tell_it(tmp_path, command, failing):
+    if command == "train":
+        pod = train(tmp_path, "run", 2, 1, *FOR_LONG, of_process={failing: ["--config.data.source=folder:/nowhere"]})
+    else:
+        args = ["--data=digits", "--autoencoder=identity", "--image_size=8", f"--out={tmp_path / 'latents'}"]
+        pod = Pod(tmp_path, 2, 1, "dit_jax.encode", *args, of_process={failing: ["--data=folder:/nowhere"]})
     statuses = pod.wait(timeout=60)
     assert statuses[failing] == 2 and statuses[1 - failing] == 1, pod.account()
     assert "error: " in pod.told[failing].read_text() and "/nowhere" in pod.told[failing].read_text()
