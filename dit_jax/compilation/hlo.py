@@ -195,11 +195,17 @@ class Program:
 
     @cached_property
     def kernel_flops(self) -> int:
-        """Operations of hand-written kernels, as they themselves say."""
+        """Operations of attention kernels: what ours say of themselves, and cuDNN's from their shapes."""
         total = 0
-        for _, instruction, times in self.instructions():
-            if instruction.opcode == "custom-call" and (said := re.search(r'"flops":"?(\d+)', instruction.attributes)):
+        for name, instruction, times in self.instructions():
+            if instruction.opcode != "custom-call":
+                continue
+            if said := re.search(r'"flops":"?(\d+)', instruction.attributes):
                 total += times * int(said[1])
+            elif found := re.search(r"__cudnn\$fmha(\w*)", instruction.attributes):
+                queries = self.computations[name][instruction.operands[0]].outputs[0]  # (B, N, H, d)
+                products = 5 if found[1].endswith("Backward") else 2
+                total += times * 2 * products * queries.elements * queries.dims[1]
         return total
 
     @cache  # noqa: B019  programs are few and die with the command

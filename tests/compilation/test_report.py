@@ -25,7 +25,6 @@ def test_a_training_step_computes_what_analysis_says_and_sends_little_more_than_
     row = report.measure("train", config, make_mesh(shape), None)
     assert row["fits"] and row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
     sent = sum(kind["bytes"] for kind in row["collectives"].values())
-    print(row["collectives"], row["collectives_minimum"])
     assert sent < 2.5 * sum(row["collectives_minimum"].values())
     assert row["traffic"] > 0 and row["memory"]["live"] > 0
 

@@ -38,11 +38,17 @@ def test_kernels_agree_with_the_equation(tokens, heads, head_dim):
 
 
 @pytest.mark.parametrize(("tokens", "heads", "head_dim"), CASES)
-def test_the_gradients_of_the_tpu_kernel_are_those_of_the_plain_products(tokens, heads, head_dim):
+def test_gradients_are_those_that_jax_derives_from_the_equation(tokens, heads, head_dim):
     qkv, weight = example(tokens, heads, head_dim)
-    gradient = jax.grad(lambda x: (flash_attention(x, head_dim, True) * weight).sum())(qkv)
-    expected = jax.grad(lambda x: (xla_attention(x, head_dim) * weight).sum())(qkv)
-    np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
+
+    def equation(qkv):
+        q, k, v = qkv.reshape(*qkv.shape[:2], heads, 3, head_dim).transpose(3, 0, 1, 2, 4)
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(weight.shape)
+
+    expected = jax.grad(lambda x: (equation(x) * weight).sum())(qkv)
+    for kernel in (xla_attention, lambda x, head_dim: flash_attention(x, head_dim, True)):
+        gradient = jax.grad(lambda x: (kernel(x, head_dim) * weight).sum())(qkv)  # noqa: B023
+        np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
 
 
 def test_devices_take_their_own_images_and_heads():
