@@ -64,7 +64,7 @@ def largest_batch(config, devices, chip: str, platform: str) -> int:
         config.batch_size = images * len(devices)
         return measured(config, devices, chip, platform)["fits"]
 
-    return report.largest_batch(fits)
+    return report.largest_batch(fits, max(1, config.batch_size // len(devices)))
 
 
 def changed(config, changes: str):

@@ -62,11 +62,15 @@ def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dic
     return report
 
 
-def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The most images a device that fit, by doubling and then by halving the interval; 0 if not even one."""
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
+def largest_batch(fits: Callable[[int], bool], start: int = 1) -> int:
+    """The most images a device that fit, within an eighth: from `start` by doubling or halving, then by bisection; 0 if
+    not even one does."""
+    low, high = (start, 2 * start) if fits(start) else (start // 2, start)
+    while low == start and fits(high):
+        low = start = high
+        high *= 2
+    while low < start and low and not fits(low):
+        low, high = low // 2, low
     while high - low > max(1, low // 8):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

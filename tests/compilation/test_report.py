@@ -46,10 +46,13 @@ def test_sampling_counts_every_step_and_both_halves_of_guidance():
     assert row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 13, 16])
-def test_the_largest_batch_is_found_within_an_eighth(limit):
-    found = report.largest_batch(lambda images: images <= limit)
+@pytest.mark.parametrize("start", [1, 3, 16])
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 13, 16, 100])
+def test_the_largest_batch_is_found_within_an_eighth(limit, start):
+    asked = []
+    found = report.largest_batch(lambda images: asked.append(images) or images <= limit, start)
     assert found <= limit < max(1, found * 1.125) + 1
+    assert len(asked) == len(set(asked)), "each is compiled once"
 
 
 def test_a_chip_too_small_does_not_fit_and_the_estimate_is_bound_by_its_slowest_part():
