@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dit_jax.errors import InputError
 from dit_jax.parallel.sharding import TOKENS
 
 ROWS = 256  # queries at once
@@ -24,7 +25,7 @@ def flash_attention(qkv: jax.Array, head_dim: int, interpret: bool = False) -> j
     Heads of any width: the 128 lanes of the chip are filled up inside the kernel only. On a mesh each device takes its
     own images and heads. interpret: run on any platform, slowly.
     """
-    return _run(_forward_kernel, 1 / 3, head_dim, interpret, qkv)
+    return _run(_forward_kernel, qkv.shape[-1] // 3, 2, head_dim, interpret, qkv)
 
 
 def _forward(qkv: jax.Array, head_dim: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -32,46 +33,49 @@ def _forward(qkv: jax.Array, head_dim: int, interpret: bool) -> tuple[jax.Array,
 
 
 def _backward(head_dim: int, interpret: bool, qkv: jax.Array, d_out: jax.Array) -> tuple[jax.Array]:
-    return (_run(_backward_kernel, 1, head_dim, interpret, qkv, d_out),)
+    return (_run(_backward_kernel, qkv.shape[-1], 5, head_dim, interpret, qkv, d_out),)
 
 
 flash_attention.defvjp(_forward, _backward)
 
 
-def _run(kernel, share: float, head_dim: int, interpret: bool, *arrays: jax.Array) -> jax.Array:
-    """The kernel on one image after the other; the result has `share` of the columns of the first array."""
+def _run(kernel, width: int, products: int, head_dim: int, interpret: bool, *arrays: jax.Array) -> jax.Array:
+    """The kernel on one image after the other; its result has `width` columns over all devices.
+
+    products: how many it computes of each head's (N, N) with (N, head_dim), for the compiler's and our own accounts.
+    """
 
     def on_device(*arrays: jax.Array) -> jax.Array:
-        B, N, columns = arrays[0].shape
+        (B, N, columns), dtype = arrays[0].shape, arrays[0].dtype
+        if columns % (3 * head_dim):
+            raise InputError(
+                f"mesh.tensor does not divide the heads: {columns // 3} columns of {head_dim} are no heads"
+            )
+        out = jax.ShapeDtypeStruct((B, N, width * columns // whole), dtype)
 
-        def image(columns: int) -> pl.BlockSpec:
-            return pl.BlockSpec((1, N, columns), lambda b: (b, 0, 0))
+        def image(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+            return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
 
         return pl.pallas_call(
             partial(kernel, head_dim=head_dim),
             grid=(B,),
-            in_specs=[image(array.shape[-1]) for array in arrays],
-            out_specs=image(round(columns * share)),
-            out_shape=jax.ShapeDtypeStruct((B, N, round(columns * share)), arrays[0].dtype),
-            cost_estimate=_cost(B, N, columns, head_dim, products=2 if kernel is _forward_kernel else 5),
+            in_specs=[image(array) for array in arrays],
+            out_specs=image(out),
+            out_shape=out,
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products * B * N * N * columns // 3,
+                bytes_accessed=sum(array.size * dtype.itemsize for array in (*arrays, out)),
+                transcendentals=B * N * N * columns // (3 * head_dim),
+            ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_MEMORY),
             interpret=interpret,
         )(*arrays)
 
+    whole = arrays[0].shape[-1]
     if jax.sharding.get_abstract_mesh().empty:
         return on_device(*arrays)
     specs = tuple(TOKENS for _ in arrays)
     return jax.shard_map(on_device, in_specs=specs, out_specs=TOKENS, check_vma=False)(*arrays)
-
-
-def _cost(B: int, N: int, columns: int, head_dim: int, products: int) -> pl.CostEstimate:
-    """What the compiler is told of a kernel with so many products of each head's (N, N) with (N, head_dim)."""
-    heads, result = columns // (3 * head_dim), columns if products > 2 else columns // 3
-    return pl.CostEstimate(
-        flops=2 * products * B * heads * N * N * head_dim,
-        bytes_accessed=2 * B * N * (4 * columns // 3 + (result if products > 2 else 0)),
-        transcendentals=B * heads * N * N,
-    )
 
 
 def _forward_kernel(qkv, out, *, head_dim: int) -> None:

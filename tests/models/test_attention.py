@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.errors import InputError
 from dit_jax.models.attention import xla_attention
 from dit_jax.models.flash import flash_attention
 from dit_jax.parallel.mesh import make_mesh
@@ -61,3 +62,12 @@ def test_devices_take_their_own_images_and_heads():
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         shared = jax.jit(gradient)(qkv)
     np.testing.assert_allclose(shared, alone, atol=1e-6)
+
+
+def test_a_mesh_that_would_cut_a_head_is_refused():
+    qkv, _ = example(tokens=16, heads=3, head_dim=8)
+    with (
+        jax.set_mesh(make_mesh({"data": 2, "tensor": 4})),
+        pytest.raises(InputError, match="does not divide the heads"),
+    ):
+        flash_attention(qkv, 8, True)
