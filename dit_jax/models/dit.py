@@ -13,7 +13,7 @@ from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.models.attention import SelfAttention
 from dit_jax.models.layers import Linear, Mlp, Modulation, gelu_tanh, layer_norm, modulate, normal_002, zeros
-from dit_jax.parallel.sharding import gather_batch, gather_parameters, shard_batch
+from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -54,7 +54,7 @@ class DiT(nnx.Module):
         if x.shape[1:] != (size, size, channels):
             raise InputError(f"x has shape {x.shape}; this DiT expects (batch, {size}, {size}, {channels})")
         x_embedder, t_embedder, y_embedder = gather_parameters((self.x_embedder, self.t_embedder, self.y_embedder))
-        c = gather_batch(t_embedder(t) + y_embedder(y))
+        c = shard_batch(t_embedder(t) + y_embedder(y))
         tokens = shard_batch(x_embedder(x))
         modulations = jax.vmap(lambda block: block.adaLN_modulation(c))(self.blocks)
         blocks = jax.tree.map(lambda parameter: parameter.astype(tokens.dtype), self.blocks)

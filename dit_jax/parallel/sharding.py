@@ -29,10 +29,10 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
 
 def gather_batch(x: jax.Array) -> jax.Array:
-    """Give every device all rows of x (B, D), which are few, for a product with a matrix that stays scattered."""
+    """Bring the rows of x (B, D) together over fsdp, for a product with a matrix that stays scattered there."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P())
+    return jax.lax.with_sharding_constraint(x, P("data"))
 
 
 def shard_features(x: jax.Array) -> jax.Array:
