@@ -23,7 +23,7 @@ JSON = flags.DEFINE_string("json", None, "File for all that is printed, and more
 
 
 def main() -> None:
-    from dit_jax.compilation import chips
+    from dit_jax.parallel import chips
 
     chip, platform = chips.prepare(TOPOLOGY.value)
 
@@ -49,7 +49,8 @@ def main() -> None:
 
 def measured(config, devices, chip: str, platform: str) -> dict:
     """The report of one program."""
-    from dit_jax.compilation import chips, programs, report
+    from dit_jax.compilation import programs, report
+    from dit_jax.parallel import chips
     from dit_jax.parallel.mesh import make_mesh
 
     programs.resolve(config, platform)

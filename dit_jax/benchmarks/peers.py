@@ -12,44 +12,49 @@ from dit_jax.errors import InputError
 from dit_jax.models.autoencoder import AutoencoderKL
 from dit_jax.models.dit import DiT
 
-INSTALL = "--peer=diffusers needs PyTorch and diffusers: pip install torch diffusers"
+Run = Callable[[], Any]
 
 
-def diffusers_dit(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> Callable[[], Any]:
+def diffusers_dit(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> Run:
     """A forward pass of `DiTTransformer2DModel`."""
-    try:
-        import torch
-        from diffusers import DiTTransformer2DModel
-    except ImportError as error:
-        raise InputError(INSTALL) from error
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_dit(model, f"diffusers:{folder}")
-        peer = DiTTransformer2DModel.from_pretrained(f"{folder}/transformer")
-    images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-    t, y = torch.from_numpy(t), torch.from_numpy(y)
-    return without_gradients(lambda: peer(images, timestep=t, class_labels=y).sample)
+    peer = loaded("DiTTransformer2DModel", lambda folder: save_dit(model, f"diffusers:{folder}"), "transformer")
+    x, t, y = nchw(x), tensor(t), tensor(y)
+    return without_gradients(lambda: peer(x, timestep=t, class_labels=y).sample)
 
 
-def diffusers_autoencoder(vae: AutoencoderKL, x: np.ndarray, z: np.ndarray) -> dict[str, Callable[[], Any]]:
+def diffusers_autoencoder(vae: AutoencoderKL, x: np.ndarray, z: np.ndarray) -> dict[str, Run]:
     """Encoding and decoding by `AutoencoderKL`."""
-    try:
-        import torch
-        from diffusers import AutoencoderKL as Peer
-    except ImportError as error:
-        raise InputError(INSTALL) from error
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_autoencoder(vae, f"diffusers:{folder}/vae")
-        peer = Peer.from_pretrained(f"{folder}/vae")
-    images, latents = (torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))) for a in (x, z))
+    peer = loaded("AutoencoderKL", lambda folder: save_autoencoder(vae, f"diffusers:{folder}/vae"), "vae")
+    x, z = nchw(x), nchw(z)
     return {
-        "encode, diffusers": without_gradients(lambda: peer.encode(images).latent_dist.parameters),
-        "decode, diffusers": without_gradients(lambda: peer.decode(latents).sample),
+        "encode, diffusers": without_gradients(lambda: peer.encode(x).latent_dist.parameters),
+        "decode, diffusers": without_gradients(lambda: peer.decode(z).sample),
     }
 
 
-def without_gradients(function: Callable[[], Any]) -> Callable[[], Any]:
+def loaded(name: str, save: Callable[[str], None], part: str) -> Any:
+    """diffusers' class of that name, with the weights that `save` writes to a folder, in its sub-folder `part`."""
+    try:
+        import diffusers
+        import torch  # noqa: F401  without it diffusers has placeholders only
+    except ImportError as error:
+        raise InputError("--peer=diffusers needs PyTorch and diffusers: pip install torch diffusers") from error
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return getattr(diffusers, name).from_pretrained(f"{folder}/{part}")
+
+
+def nchw(x: np.ndarray) -> Any:
+    return tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def tensor(x: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(x)
+
+
+def without_gradients(function: Run) -> Run:
     import torch
 
     return torch.no_grad()(function)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from dit_jax.compilation.chips import peak_flops
+from dit_jax.parallel.chips import peak_flops
 
 Row = dict[str, Any]
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dit_jax.compilation.chips import Chip
 from dit_jax.compilation.hlo import Program
 from dit_jax.compilation.programs import lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
+from dit_jax.parallel.chips import Chip
 from dit_jax.training.flops import forward_macs, train_flops
 
 FORMULA = "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / link bandwidth: published peaks, all at once"

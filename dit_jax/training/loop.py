@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.checkpoints.store import CheckpointStore
-from dit_jax.compilation.chips import peak_flops
 from dit_jax.config import DiTConfig
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import InputError
 from dit_jax.files import make_folder, replacing
 from dit_jax.parallel import processes
+from dit_jax.parallel.chips import peak_flops
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding
 from dit_jax.sampling.generate import image_keys, make_generate

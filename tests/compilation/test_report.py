@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from dit_jax.compilation import chips, report
+from dit_jax.compilation import report
 from dit_jax.config import DiTConfig, base_config
 from dit_jax.errors import InputError
+from dit_jax.parallel import chips
 from dit_jax.parallel.mesh import make_mesh
 
 

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from dit_jax import DiT, DiTConfig
-from dit_jax.compilation.chips import peak_flops
+from dit_jax.parallel.chips import peak_flops
 from dit_jax.training.flops import forward_macs, train_flops
 
 GMACS = {  # FACTS: forward pass at 256 pixels
