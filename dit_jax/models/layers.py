@@ -41,21 +41,26 @@ class Linear(nnx.Module):
         return (rows @ kernel + bias).reshape(*x.shape[:-1], -1)
 
 
+@jax.checkpoint
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """The tanh form of GELU (Hendrycks & Gimpel 2016, sec. 2)."""
     return nnx.gelu(x, approximate=True)
 
 
-def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Normalise the last axis to mean 0 and variance 1, without affine parameters; float32 whatever x is."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """LayerNorm without affine parameters, then `x (1 + scale) + shift`; float32 whatever x is.
 
+    x: (B, N, D); shift and scale: (B, 1, D), the same for every token. The backward pass starts from these again.
+    """
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x: (B, N, D); shift and scale: (B, 1, D), the same for every token."""
-    return x * (1 + scale) + shift
+    @jax.checkpoint
+    def modulated(x, shift, scale):
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+        return x * (1 + scale) + shift
+
+    return modulated(x, shift, scale)
 
 
 class Modulation(nnx.Module):
