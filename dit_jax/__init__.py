@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _AT_FIRST_USE = {
     "AutoencoderConfig": "dit_jax.models.autoencoder",
     "AutoencoderKL": "dit_jax.models.autoencoder",
+    "InceptionV3": "dit_jax.models.inception",
     "load_dit": "dit_jax.checkpoints.files",
     "save_dit": "dit_jax.checkpoints.files",
 }
