@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from dit_jax import evaluation as evaluation
 from dit_jax.config import DiTConfig as DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion as GaussianDiffusion
 from dit_jax.diffusion.guidance import guided as guided
