@@ -76,7 +76,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         shapes = ", ".join(str(array.shape) for array in (mu1, sigma1, mu2, sigma2))
         raise InputError(f"means and covariances of shapes {shapes}: expected (D,), (D, D), (D,), (D, D)")
     root_trace = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum()
-    return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace)
+    distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace
+    return max(0.0, float(distance))  # rounding may bring nothing below nothing
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
