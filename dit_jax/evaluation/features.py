@@ -105,7 +105,7 @@ class Extractor:
         self.network.require(images.shape[1:], name)
         count = len(images)
         size = -(-min(self.batch, count) // self.mesh.size) * self.mesh.size
-        with tqdm(total=count, unit="image", desc=name, disable=not processes.is_first()) as bar:
+        with tqdm(total=count, unit="image", desc=name, leave=False, disable=not processes.is_first()) as bar:
             late = None
             for start in range(0, count, size):
                 outputs = self.program(self.params, self._place(images, start, size))
