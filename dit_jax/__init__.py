@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from dit_jax import evaluation as evaluation
 from dit_jax.config import DiTConfig as DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion as GaussianDiffusion
 from dit_jax.diffusion.guidance import guided as guided
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 _AT_FIRST_USE = {
     "AutoencoderConfig": "dit_jax.models.autoencoder",
     "AutoencoderKL": "dit_jax.models.autoencoder",
+    "InceptionV3": "dit_jax.models.inception",
     "load_dit": "dit_jax.checkpoints.files",
     "save_dit": "dit_jax.checkpoints.files",
 }

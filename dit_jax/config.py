@@ -165,6 +165,13 @@ def base_config() -> ConfigDict:
     c.preview.every = 10_000  # steps; 0 draws none
     c.preview.count = 16  # images; their labels count up
 
+    c.eval = ConfigDict()  # figures of pictures drawn so, against a reference
+    c.eval.every = 0  # steps; 0 measures none
+    c.eval.count = 1_000  # images; fewer than 50,000 make FID higher, so their number is in the figures' names
+    c.eval.reference = ""  # an .npz or a folder, as dit_jax.evaluate takes it
+    c.eval.features = ""  # a file of Inception's weights, inception-fid once fetched, or classifier:PATH
+    c.eval.batch = 64  # images drawn and measured at once, over all devices
+
     c.sample = ConfigDict()  # how pictures are drawn, unless the flags of dit_jax.sample say otherwise
     c.sample.sampler = "ddpm"  # or ddim
     c.sample.steps = 250

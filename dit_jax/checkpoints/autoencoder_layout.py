@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.checkpoints.diffusers_layout import WEIGHTS
 from dit_jax.checkpoints.files import find, format_of
-from dit_jax.checkpoints.tensor_files import PICKLES, SAFETENSORS, read_tensors, write_tensors
+from dit_jax.checkpoints.tensor_files import PICKLES, SAFETENSORS, check_shapes, read_tensors, write_tensors
 from dit_jax.errors import InputError
 from dit_jax.files import read_json, replacing_folder, write_json
 from dit_jax.models.autoencoder import TILE, AutoencoderConfig, AutoencoderKL, abstract_autoencoder
@@ -120,7 +120,7 @@ def to_params(config: AutoencoderConfig, state_dict: Mapping[str, np.ndarray]) -
     _, abstract = abstract_autoencoder(config)
     leaves = flatten_dict(abstract)
     expected = {their_name(path): tuple(leaf.shape[axis] for axis in AXES[leaf.ndim]) for path, leaf in leaves.items()}
-    _check(config, expected, {name: array.shape for name, array in tensors.items()})
+    check_shapes(describe(config), expected, {name: array.shape for name, array in tensors.items()})
     return unflatten_dict({path: jnp.asarray(from_torch(tensors[their_name(path)]), jnp.float32) for path in leaves})
 
 
@@ -190,25 +190,12 @@ def _count(pattern: str, names: Iterable[str]) -> int:
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
-def _check(config: AutoencoderConfig, expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
-    """Raise InputError, naming the tensors, unless the names and shapes are those of the architecture."""
-    kind = (
+def describe(config: AutoencoderConfig) -> str:
+    """The architecture for people."""
+    return (
         f"an AutoencoderKL with block_out_channels={config.block_out_channels}, "
         f"layers_per_block={config.layers_per_block}, latent_channels={config.latent_channels}"
     )
-    if missing := [name for name in expected if name not in found]:
-        raise InputError(f"the state dict lacks {_some(missing)}, which {kind} has")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise InputError(f"the state dict holds {_some(extra)}, which {kind} does not have")
-    if wrong := [name for name in expected if found[name] != expected[name]]:
-        raise InputError(
-            f"the state dict is not of {kind}: {_some(wrong)} has shape {found[wrong[0]]} where "
-            f"{expected[wrong[0]]} is expected"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -95,6 +95,19 @@ def from_torch(state_dict: Any, path: Path) -> tuple[dict[str, np.ndarray], dict
     return tensors, _parse(getattr(state_dict, "_metadata", {}).get(RECORD, {}).get("json"), path)
 
 
+def check_shapes(kind: str, expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
+    """Raise InputError, naming the tensors, unless names and shapes are those of `kind`, said for people."""
+    if missing := [name for name in expected if name not in found]:
+        raise InputError(f"the state dict lacks {_some(missing)}, which {kind} has")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise InputError(f"the state dict holds {_some(extra)}, which {kind} does not have")
+    if wrong := [name for name in expected if found[name] != expected[name]]:
+        raise InputError(
+            f"the state dict is not of {kind}: {_some(wrong)} has shape {found[wrong[0]]} where "
+            f"{expected[wrong[0]]} is expected"
+        )
+
+
 def import_torch(purpose: str) -> Any:
     """The torch module. Raises InputError, with what it is for, if it is not installed."""
     try:
@@ -124,6 +137,10 @@ def _parse(record: str | None, path: Path) -> dict:
         return json.loads(record or "{}")
     except ValueError as error:
         raise InputError(f"the metadata {RECORD!r} of {path} is not JSON: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _summary(error: Exception) -> str:

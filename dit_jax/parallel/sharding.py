@@ -28,6 +28,13 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def replicate(x: jax.Array) -> jax.Array:
+    """Give every device the whole of x, so that each process can read it; does nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P())
+
+
 def gather_batch(x: jax.Array) -> jax.Array:
     """Bring the rows of x (B, D) together over fsdp, for a product with a matrix that stays scattered there."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     flip: bool
     """Whether the loader flips; the step does it where both images are there."""
     codec: Codec | None
-    """What decodes previews; None if it is not here and not needed."""
+    """What decodes previews and samples to measure; None if it is not here and not needed."""
     autoencoder: dict[str, Any]
     """`Codec.about` of it, for checkpoints."""
 
@@ -44,7 +44,7 @@ def open_inputs(config: ConfigDict, source: Source) -> Inputs:
         if config.latents:
             raise InputError(f"{source!r} holds latents, and latents={config.latents!r} encodes images: choose one")
         about, shape = source.metadata["autoencoder"], source.metadata["shape"][1:3]
-        codec = open_decoder(config.autoencoder, about) if config.preview.every else None
+        codec = open_decoder(config.autoencoder, about) if config.preview.every or config.eval.every else None
         return Inputs(choose_and_draw(about, flip), {}, (*shape, source.channels), size, False, codec, about)
     if not config.latents:
         return Inputs(as_read, {}, (size, size, source.channels), size, flip, IDENTITY, IDENTITY.about())

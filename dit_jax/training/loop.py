@@ -23,6 +23,7 @@ from dit_jax.parallel.sharding import batch_sharding
 from dit_jax.sampling.generate import image_keys, make_generate
 from dit_jax.sampling.pictures import save_grid
 from dit_jax.training import resume
+from dit_jax.training.evaluating import make_evaluation
 from dit_jax.training.fine_tune import first_state
 from dit_jax.training.flops import train_flops
 from dit_jax.training.inputs import Inputs, open_inputs
@@ -49,6 +50,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     # An unconditional model draws anything, whatever classes its images have.
     class_names = source.class_names if config.model.num_classes > 1 else ("any",)
     preview = make_preview(config, class_names, inputs.codec, workdir / "previews")
+    evaluation = make_evaluation(config, mesh, inputs.codec)
     store = CheckpointStore(
         make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
@@ -67,6 +69,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     if due(step, config.preview.every):
                         with log.pause():
                             preview(step, state.ema)
+                    if due(step, config.eval.every):
+                        with log.pause():
+                            log.add(step, evaluation(state.ema))
                     if ending or due(step, config.checkpoint.every):
                         with log.pause():
                             resume.save(

@@ -88,6 +88,11 @@ class TrainingLog:
         if self._clock is not None:
             self._clock += time.perf_counter() - started
 
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """What was measured at `step`, as a line and points of its own."""
+        if self._writes:
+            self._record(step, values)
+
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self._writes:
@@ -128,8 +133,10 @@ class TrainingLog:
         if not self._writes:
             return
         self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        line = means | self._speed()
-        print(json.dumps({"step": step} | line), file=self._file, flush=True)
+        self._record(step, means | self._speed())
+
+    def _record(self, step: int, line: Mapping[str, float]) -> None:
+        print(json.dumps({"step": step, **line}), file=self._file, flush=True)
         for name, value in line.items():
             self._tensorboard.add_scalar(name, value, step)
 

@@ -1,0 +1,66 @@
+"""Evaluation while training: a few samples of the averaged weights against a reference, every so many steps."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dit_jax.checkpoints.codec import IDENTITY, Codec
+from dit_jax.config import DiTConfig
+from dit_jax.errors import InputError
+from dit_jax.evaluation.comparison import compare
+from dit_jax.evaluation.features import Extractor, open_network, summarise
+from dit_jax.evaluation.images import require_enough
+from dit_jax.evaluation.reference import measure, open_reference
+from dit_jax.sampling.generate import image_keys, make_generate
+
+Evaluation = Callable[[dict], Mapping[str, float]]
+
+
+def make_evaluation(config: ConfigDict, mesh: Mesh, codec: Codec | None) -> Evaluation | None:
+    """A function from weights to figures, such as `eval/fid_1000` of 1,000 images; None if none are asked for.
+
+    The images are drawn as `config.sample` says, from the same noise each time, image i from the seed and i alone; as
+    many of each class. The reference is measured here, once. Raises InputError if it cannot be, or its pictures are not
+    like those that the model draws.
+    """
+    settings = config.eval
+    if not settings.every:
+        return None
+    for name in ("reference", "features"):
+        if not settings[name]:
+            raise InputError(f"eval.every={settings.every} needs config.eval.{name}")
+    require_enough(settings.count, "config.eval.count")
+    model, codec = DiTConfig(**config.model), codec or IDENTITY
+    network = open_network(settings.features)
+    opened = open_reference(settings.reference, network)
+    side = model.input_size * codec.downsample
+    channels = codec.config.out_channels if codec.config else model.in_channels
+    if opened.pictures.images.shape[1:] != (side, side, channels):
+        found = "x".join(map(str, opened.pictures.images.shape[1:]))
+        raise InputError(f"{settings.reference} holds pictures of {found}, the model draws {side}x{side}x{channels}")
+    batch = mesh.size * -(-settings.batch // mesh.size)
+    extract = Extractor(network, mesh, batch)
+    generate = make_generate(model, config.diffusion, codec, **config.sample)
+    with jax.set_mesh(mesh):
+        reference = measure(opened, extract)
+
+    def evaluate(params: dict) -> Mapping[str, float]:
+        images = draw(generate, params, model.num_classes, config.seed, settings.count, batch)
+        figures = compare(summarise(extract, images, "samples"), reference, network)
+        return {f"eval/{name}_{settings.count}": value for name, value in figures.items()}
+
+    return evaluate
+
+
+def draw(generate: Callable, params: dict, classes: int, seed: int, count: int, batch: int) -> np.ndarray:
+    """(count, H, W, C) uint8, drawn `batch` at a time, classes in an order that the seed shuffles."""
+    labels = np.random.default_rng(seed).permutation(np.arange(count) * classes // count).astype(np.int32)
+    padded = np.resize(labels, -(-count // batch) * batch)
+    drawn = [
+        np.asarray(generate(params, padded[i : i + batch], image_keys(seed, i, batch)))
+        for i in range(0, len(padded), batch)
+    ]
+    return np.concatenate(drawn)[:count]
