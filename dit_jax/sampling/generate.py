@@ -82,6 +82,13 @@ def image_keys(seed: int, first: int, count: int) -> jax.Array:
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
 
 
+def random_labels(seed: int, count: int, classes: int) -> jax.Array:
+    """A label for each of the first `count` images of a seed, every class as likely: (count,) int32."""
+    # Folded into an image's key, far above the steps and beside x_T: no noise comes from the same stream.
+    draw = lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 2), (), 0, classes)  # noqa: E731
+    return jax.vmap(draw)(image_keys(seed, 0, count))
+
+
 def everywhere(pictures: jax.Array) -> jax.Array:
     """Give every device all the pictures, so that each process can read them; does nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
