@@ -26,11 +26,16 @@ COUNT = flags.DEFINE_integer("count", None, "Images. Default: one a label.", low
 BATCH = flags.DEFINE_integer("batch", 64, "Images drawn at once, over all devices.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", True, "Averaged weights, where there are two; --ema=false takes the raw ones.")
-SAMPLER = flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "Default: as the weights' record says, like all below.")
+SAMPLER = flags.DEFINE_enum(
+    "sampler", None, ["ddpm", "ddim", "dpm-solver++"], "Default: as the weights' record says, like all below."
+)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "A file, folder, or fetched name that decodes latents.")
 CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guided channels, from the first; 0: all.", lower_bound=0)
+INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "LOW,HIGH: noise levels that are guided, sqrt(1 / abar - 1); empty: all."
+)
 CLIP = flags.DEFINE_bool("clip_denoised", None, "Keep predictions within [-1, 1]; for pixels, not for latents.")
 flags.adopt_module_key_flags(processes)
 
@@ -53,14 +58,15 @@ def main() -> None:
     record, codec = weights.record, choose_codec(AUTOENCODER.value, weights)
     labels = choose_labels(LABELS.value, COUNT.value, SEED.value, record.class_names)
     settings = dict(record.sample) | given_settings()
-    processes.say(f"{len(labels)} images from {weights.origin}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
-    collection = None
-    if processes.is_first():
-        about = provenance(weights, codec, settings, len(labels))
-        collection = open_collection(OUT.value, labels, record.class_names, about)
     with jax.set_mesh(mesh):
         codec = codec._replace(params=jax.device_put(codec.params, everywhere))
         generate = make_generate(record.model, record.diffusion, codec, **settings)
+        collection = None
+        if processes.is_first():
+            about = provenance(weights, codec, settings, len(labels))
+            collection = open_collection(OUT.value, labels, record.class_names, about)
+        told = ", ".join(f"{name}={value}" for name, value in settings.items())
+        processes.say(f"{len(labels)} images from {weights.origin}: {told}")
         drawn = draw(generate, weights.params(replicated), labels, collection, mesh.size)
     if drawn < len(labels):
         processes.say(f"stopped: {drawn} of {len(labels)} images were drawn; the same command goes on", sys.stderr)
@@ -109,7 +115,18 @@ def given_settings() -> dict:
         "guidance_channels": CHANNELS.value,
         "clip_denoised": CLIP.value,
     }
+    if INTERVAL.value is not None:
+        flagged["guidance_interval"] = tuple(to_number(level) for level in INTERVAL.value)
     return {name: value for name, value in flagged.items() if value is not None}
+
+
+def to_number(text: str) -> float:
+    from dit_jax.errors import InputError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--guidance_interval: {text!r} is not a number; expected LOW,HIGH such as 0.3,3") from None
 
 
 def provenance(weights, codec, settings: dict, count: int) -> dict:

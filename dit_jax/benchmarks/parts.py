@@ -22,7 +22,7 @@ from dit_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from dit_jax.models.dit import DiT, abstract_dit
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding
-from dit_jax.sampling.generate import image_keys, make_generate
+from dit_jax.sampling.generate import image_keys, make_generate, network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 from dit_jax.training.inputs import open_inputs
 from dit_jax.training.loop import make_loader
@@ -64,7 +64,7 @@ def sample(config: ConfigDict, repeats: int, profile: str | None) -> list[Row]:
         def pictures() -> None:
             jax.block_until_ready(generate(params, labels, keys))
 
-        passes = config.sample.steps * (2 if config.sample.guidance != 1 else 1)
+        passes = network_passes(config.diffusion, **config.sample)
         name = f"sample, {config.batch_size} at once, {config.sample.steps} steps"
         (measured,) = in_turn({name: pictures}, config.batch_size, repeats)
         with profiled(profile):

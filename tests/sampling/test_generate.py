@@ -89,7 +89,7 @@ def test_pixels_are_clipped_and_truncated():
 
 
 def test_unknown_sampler_is_refused():
-    with pytest.raises(InputError, match="ddpm, ddim"):
+    with pytest.raises(InputError, match=r"ddpm, ddim, dpm-solver\+\+"):
         make_generate(TINY, PROCESS, **(SETTINGS | {"sampler": "euler"}))
 
 
