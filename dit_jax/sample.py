@@ -69,7 +69,7 @@ def main() -> None:
         processes.say(f"{len(labels)} images from {weights.origin}: {told}")
         drawn = draw(generate, weights.params(replicated), labels, collection, mesh.size)
     if drawn < len(labels):
-        processes.say(f"stopped: {drawn} of {len(labels)} images were drawn; the same command goes on", sys.stderr)
+        processes.say(f"stopped after {drawn} of {len(labels)} images; the same command goes on", sys.stderr)
         sys.exit(1)
     if collection is not None:
         collection.complete()

@@ -59,7 +59,7 @@ def test_killed_and_stopped_in_the_middle_it_ends_with_the_same_bytes_and_redoes
     interrupted(start(weights, out), out, signal.SIGKILL, after=1)
     killed = parts(out)
     line = interrupted(start(weights, out), out, signal.SIGTERM, after=len(killed) + 1)
-    assert re.match(r"stopped: \d+ of 700 images were drawn; the same command goes on", line)
+    assert re.match(r"stopped after \d+ of 700 images; the same command goes on", line)
     stopped = parts(out)
     assert len(killed) < len(stopped) < 6 and killed.items() <= stopped.items()
 
