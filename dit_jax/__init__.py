@@ -9,6 +9,7 @@ from dit_jax.diffusion.guidance import guided as guided
 from dit_jax.diffusion.samplers import ddim_invert as ddim_invert
 from dit_jax.diffusion.samplers import ddim_sample as ddim_sample
 from dit_jax.diffusion.samplers import ddpm_sample as ddpm_sample
+from dit_jax.diffusion.samplers import dpm_solver_sample as dpm_solver_sample
 from dit_jax.models.dit import DiT as DiT
 
 __version__ = "0.1.0"

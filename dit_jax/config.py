@@ -173,9 +173,10 @@ def base_config() -> ConfigDict:
     c.eval.batch = 64  # images drawn and measured at once, over all devices
 
     c.sample = ConfigDict()  # how pictures are drawn, unless the flags of dit_jax.sample say otherwise
-    c.sample.sampler = "ddpm"  # or ddim
+    c.sample.sampler = "ddpm"  # or ddim, dpm-solver++
     c.sample.steps = 250
     c.sample.guidance = 4.0  # 1 is none
     c.sample.guidance_channels = 3  # guided channels of the noise, from the first; 0 guides all
+    c.sample.guidance_interval = ()  # guided noise levels, low,high of sqrt(1 / abar - 1); () guides all
     c.sample.clip_denoised = False  # keep predictions within [-1, 1]; for pixels, not for latents
     return c

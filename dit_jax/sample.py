@@ -3,9 +3,14 @@
 Examples:
   python -m dit_jax.sample --weights=runs/digits --out=grid.png --labels=0,1,2 --steps=250 --guidance=4.0 --seed=0
   python -m dit_jax.sample --weights=runs/digits --out=samples.npz --count=1000
+  python -m dit_jax.sample --weights=DiT-XL-2-256x256 --autoencoder=sd-vae-ft-ema --out=xl.npz --count=50000 \\
+    --labels=random --guidance=1.5
 
-Image i depends on the weights, the seed and i, not on the batch or the number of devices and processes.
+Image i depends on the weights, the settings, the seed and i, not on the batch or the number of devices and processes.
+The settings are kept with the images. An .npz or a folder that was interrupted goes on with the same command.
 """
+
+import sys
 
 from absl import flags
 
@@ -14,41 +19,95 @@ from dit_jax.parallel import processes
 
 WEIGHTS = flags.DEFINE_string("weights", None, "A run, a file or folder of weights, or a name.")
 OUT = flags.DEFINE_string("out", None, "What to write: a grid (.png), arrays (.npz), or a folder of PNGs (else).")
-LABELS = flags.DEFINE_list("labels", None, "Class numbers, over and over up to --count. Default: every class in turn.")
+LABELS = flags.DEFINE_list(
+    "labels", ["balanced"], "balanced: all classes in turn; random: any, by chance; or class numbers, over and over."
+)
 COUNT = flags.DEFINE_integer("count", None, "Images. Default: one a label.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 64, "Images drawn at once, over all devices.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", True, "Averaged weights, where there are two; --ema=false takes the raw ones.")
-SAMPLER = flags.DEFINE_enum("sampler", None, ["ddpm", "ddim"], "Default: as the weights' record says, like all below.")
+SAMPLER = flags.DEFINE_enum(
+    "sampler", None, ["ddpm", "ddim", "dpm-solver++"], "Default: as the weights' record says, like all below."
+)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "A file, folder, or fetched name that decodes latents.")
 CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guided channels, from the first; 0: all.", lower_bound=0)
+INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "LOW,HIGH: noise levels that are guided, sqrt(1 / abar - 1); empty: all."
+)
 CLIP = flags.DEFINE_bool("clip_denoised", None, "Keep predictions within [-1, 1]; for pixels, not for latents.")
 flags.adopt_module_key_flags(processes)
 
 
-@processes.together()
+@processes.together(saves_when_stopped=True)
 def main() -> None:
     import jax
-    import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
-    from tqdm import tqdm
 
     from dit_jax.checkpoints.files import open_weights
     from dit_jax.parallel.mesh import make_mesh
-    from dit_jax.sampling.generate import image_keys, make_generate
-    from dit_jax.sampling.pictures import check_destination, save_pictures
+    from dit_jax.sampling.collection import check_destination, open_collection
+    from dit_jax.sampling.generate import make_generate
 
     check_destination(OUT.value)
     mesh = make_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())
     replicated = lambda shapes: jax.tree.map(lambda _: everywhere, shapes)  # noqa: E731
     weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated)
-    record, params = weights.record, weights.params(replicated)
-    codec = choose_codec(AUTOENCODER.value, weights)
-    codec = codec._replace(params=jax.device_put(codec.params, everywhere))
-    labels = choose_labels(LABELS.value, COUNT.value, record.class_names)
+    record, codec = weights.record, choose_codec(AUTOENCODER.value, weights)
+    labels = choose_labels(LABELS.value, COUNT.value, SEED.value, record.class_names)
+    settings = dict(record.sample) | given_settings()
+    with jax.set_mesh(mesh):
+        codec = codec._replace(params=jax.device_put(codec.params, everywhere))
+        generate = make_generate(record.model, record.diffusion, codec, **settings)
+        collection = None
+        if processes.is_first():
+            about = provenance(weights, codec, settings, len(labels))
+            collection = open_collection(OUT.value, labels, record.class_names, about)
+        told = ", ".join(f"{name}={value}" for name, value in settings.items())
+        processes.say(f"{len(labels)} images from {weights.origin}: {told}")
+        drawn = draw(generate, weights.params(replicated), labels, collection, mesh.size)
+    if drawn < len(labels):
+        processes.say(f"stopped after {drawn} of {len(labels)} images; the same command goes on", sys.stderr)
+        sys.exit(1)
+    if collection is not None:
+        collection.complete()
+        print(f"wrote {OUT.value}")
+
+
+def draw(generate, params, labels, collection, devices: int) -> int:
+    """Draw the images that the first process's collection lacks; returns how many there are now, all unless stopped.
+
+    Batches begin at multiples of their size, so that a run which goes on draws each image in the same company.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from dit_jax.sampling.generate import image_keys
+
+    count, first = len(labels), processes.is_first()
+    batch = -(-min(BATCH.value, count) // devices) * devices
+    padded = np.resize(labels, -(-count // batch) * batch)
+    batches = range(0, count, batch)
+    lacking = [str(i) for i in batches if collection.lacks(range(i, i + batch))] if first else []
+    todo = [int(i) for i in processes.gather(",".join(lacking))[0].split(",") if i]
+    there = count - sum(min(batch, count - i) for i in todo)
+    bar = tqdm(total=count, initial=there, unit="image", disable=not first)
+    with bar, processes.stop_signals() as stopping:
+        for step, i in enumerate(todo):
+            images = generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)).block_until_ready()
+            if first:
+                collection.add(i, np.asarray(images))
+            bar.update(min(batch, count - i))
+            there += min(batch, count - i)
+            if stopping(step):
+                break
+    return there
+
+
+def given_settings() -> dict:
+    """Those of `config.sample` that were given as flags."""
     flagged = {
         "sampler": SAMPLER.value,
         "steps": STEPS.value,
@@ -56,21 +115,42 @@ def main() -> None:
         "guidance_channels": CHANNELS.value,
         "clip_denoised": CLIP.value,
     }
-    settings = dict(record.sample) | {name: value for name, value in flagged.items() if value is not None}
-    processes.say(f"{len(labels)} images from {weights.origin}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
+    if INTERVAL.value is not None:
+        flagged["guidance_interval"] = tuple(to_number(level) for level in INTERVAL.value)
+    return {name: value for name, value in flagged.items() if value is not None}
 
-    batch = -(-min(BATCH.value, len(labels)) // mesh.size) * mesh.size
-    padded = np.resize(labels, -(-len(labels) // batch) * batch)
-    with jax.set_mesh(mesh):
-        generate = make_generate(record.model, record.diffusion, codec, **settings)
-        images = []
-        for i in tqdm(range(0, len(padded), batch), unit="batch", disable=not processes.is_first()):
-            drawn = generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)).block_until_ready()
-            if processes.is_first():
-                images.append(np.asarray(drawn))
-    if processes.is_first():
-        save_pictures(OUT.value, np.concatenate(images)[: len(labels)], labels, record.class_names)
-        print(f"wrote {OUT.value}")
+
+def to_number(text: str) -> float:
+    from dit_jax.errors import InputError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--guidance_interval: {text!r} is not a number; expected LOW,HIGH such as 0.3,3") from None
+
+
+def provenance(weights, codec, settings: dict, count: int) -> dict:
+    """All that decides what the images are, to be kept with them."""
+    import jax
+
+    from dit_jax import __version__
+    from dit_jax.files import digest
+
+    record = weights.record
+    return {
+        "weights": {"sha256": digest(weights.path), "kind": record.weights, "step": record.step},
+        "autoencoder": codec.about(),
+        "count": count,
+        "labels": ",".join(LABELS.value),
+        "seed": SEED.value,
+        **settings,
+        "diffusion": record.diffusion,
+        "dtype": str(record.model.compute_dtype),
+        "attention_kernel": record.model.kernel,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "platform": jax.default_backend(),
+        "dit_jax": __version__,
+    }
 
 
 def choose_codec(given: str | None, weights):
@@ -94,17 +174,28 @@ def choose_codec(given: str | None, weights):
     )
 
 
-def choose_labels(given: list[str] | None, count: int | None, class_names: list[str]):
-    """(count,) int32 labels: those given, or all classes, over and over. Raises InputError for one out of range."""
+def choose_labels(given: list[str], count: int | None, seed: int, class_names: list[str]):
+    """(count,) int32 labels: those given or all classes, over and over, or random ones.
+
+    Raises InputError for one out of range.
+    """
     import numpy as np
 
     from dit_jax.errors import InputError
+    from dit_jax.sampling.generate import random_labels
 
     classes = len(class_names)
-    wrong = [label for label in given or [] if not (label.isdecimal() and int(label) < classes)]
-    if wrong:
-        raise InputError(f"label {wrong[0]!r}: this model has {classes} classes, 0 to {classes - 1}")
-    labels = np.array([int(label) for label in given] if given else range(classes), dtype=np.int32)
+    if given == ["random"]:
+        return np.asarray(random_labels(seed, count or classes, classes))
+    if given == ["balanced"]:
+        given = [str(label) for label in range(classes)]
+    wrong = [label for label in given if not (label.isdecimal() and int(label) < classes)]
+    if wrong or not given:
+        raise InputError(
+            f"label {','.join(wrong)!r}: this model has {classes} classes, 0 to {classes - 1}; --labels takes numbers "
+            "of classes, balanced or random"
+        )
+    labels = np.array([int(label) for label in given], dtype=np.int32)
     return np.resize(labels, count or len(labels))
 
 

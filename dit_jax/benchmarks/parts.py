@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dit_jax.benchmarks import peers
 from dit_jax.benchmarks.rates import Row, compiled, in_turn, peak_memory, row, utilisation
 from dit_jax.checkpoints.autoencoder_layout import load_autoencoder
-from dit_jax.checkpoints.codec import Codec
+from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.compilation.programs import codec_of
 from dit_jax.config import DiTConfig
 from dit_jax.data.sources import open_source
@@ -22,7 +22,7 @@ from dit_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from dit_jax.models.dit import DiT, abstract_dit
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding
-from dit_jax.sampling.generate import image_keys, make_generate
+from dit_jax.sampling.generate import image_keys, make_generate, network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 from dit_jax.training.inputs import open_inputs
 from dit_jax.training.loop import make_loader
@@ -52,11 +52,14 @@ def train(config: ConfigDict, repeats: int, profile: str | None) -> list[Row]:
     return [measured | utilisation(measured["median"], train_flops(model)) | peak_memory() | compilation]
 
 
-def sample(config: ConfigDict, repeats: int, profile: str | None) -> list[Row]:
-    """Pictures as `config.sample` says, by weights without meaning, decoded where the config works on latents."""
+def sample(config: ConfigDict, repeats: int, profile: str | None, peer: str | None) -> list[Row]:
+    """Pictures as `config.sample` says, by weights without meaning, decoded where the config works on latents.
+
+    Beside diffusers' network and scheduler with the same weights, neither decodes."""
     mesh, model = make_mesh(config.mesh), DiTConfig(**config.model)
+    codec = IDENTITY if peer else with_weights(codec_of(config))
     with jax.set_mesh(mesh):
-        generate = make_generate(model, config.diffusion, with_weights(codec_of(config)), **config.sample)
+        generate = make_generate(model, config.diffusion, codec, **config.sample)
         params = random_weights(model)
         labels = np.arange(config.batch_size, dtype=np.int32) % model.num_classes
         keys = image_keys(0, 0, config.batch_size)
@@ -64,12 +67,17 @@ def sample(config: ConfigDict, repeats: int, profile: str | None) -> list[Row]:
         def pictures() -> None:
             jax.block_until_ready(generate(params, labels, keys))
 
-        passes = config.sample.steps * (2 if config.sample.guidance != 1 else 1)
         name = f"sample, {config.batch_size} at once, {config.sample.steps} steps"
-        (measured,) = in_turn({name: pictures}, config.batch_size, repeats)
+        runs: dict[str, Callable[[], Any]] = {name: pictures}
+        if peer:
+            network = nnx.merge(abstract_dit(model)[0], params)
+            runs[f"{name}, diffusers"] = peers.diffusers_sampler(network, config.diffusion, config.sample, labels)
+        rows = in_turn(runs, config.batch_size, repeats)
         with profiled(profile):
             pictures()
-    return [measured | utilisation(measured["median"], 2 * forward_macs(model) * passes) | peak_memory()]
+    passes = network_passes(config.diffusion, **config.sample)
+    rows[0] |= utilisation(rows[0]["median"], 2 * forward_macs(model) * passes) | peak_memory()
+    return rows
 
 
 def forward(config: ConfigDict, repeats: int, peer: str | None) -> list[Row]:

@@ -1,7 +1,7 @@
 """The same weights and inputs in diffusers' PyTorch classes, to be measured in turn with ours."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,51 @@ from dit_jax.models.dit import DiT
 
 Run = Callable[[], Any]
 
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm-solver++": "DPMSolverMultistepScheduler"}
+
 
 def diffusers_dit(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> Run:
     """A forward pass of `DiTTransformer2DModel`."""
-    peer = loaded("DiTTransformer2DModel", lambda folder: save_dit(model, f"diffusers:{folder}"), "transformer")
+    peer = diffusers_network(model)
     x, t, y = nchw(x), tensor(t), tensor(y)
     return without_gradients(lambda: peer(x, timestep=t, class_labels=y).sample)
+
+
+def diffusers_sampler(model: DiT, process: Mapping[str, Any], settings: Mapping[str, Any], y: np.ndarray) -> Run:
+    """What `DiTPipeline` does before it decodes, with diffusers' own scheduler: pictures of the labels y (B,).
+
+    process: `config.diffusion`. settings: `config.sample`; guidance moves all channels of the noise there, and DDPM's
+    variance is not the learned one.
+    """
+    network, scheduler = diffusers_network(model), SCHEDULERS[settings["sampler"]]
+    import diffusers
+    import torch
+
+    scheduler = getattr(diffusers, scheduler)(
+        num_train_timesteps=process["steps"],
+        beta_schedule=process["schedule"],
+        **({} if "Solver" in scheduler else {"clip_sample": settings["clip_denoised"]}),
+    )
+    shape, scale = (len(y), model.config.in_channels, *[model.config.input_size] * 2), settings["guidance"]
+    y = tensor(np.concatenate([y, np.full_like(y, model.config.num_classes)]) if scale != 1 else y)
+
+    def pictures() -> Any:
+        x = torch.randn(shape)
+        scheduler.set_timesteps(settings["steps"])
+        for t in scheduler.timesteps:
+            both = torch.cat([x, x]) if scale != 1 else x
+            noise = network(both, timestep=t.expand(len(both)), class_labels=y).sample[:, : shape[1]]
+            if scale != 1:
+                conditional, unconditional = noise.chunk(2)
+                noise = unconditional + scale * (conditional - unconditional)
+            x = scheduler.step(noise, t, x).prev_sample
+        return x
+
+    return without_gradients(pictures)
+
+
+def diffusers_network(model: DiT) -> Any:
+    return loaded("DiTTransformer2DModel", lambda folder: save_dit(model, f"diffusers:{folder}"), "transformer")
 
 
 def diffusers_autoencoder(vae: AutoencoderKL, x: np.ndarray, z: np.ndarray) -> dict[str, Run]:

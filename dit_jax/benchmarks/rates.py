@@ -53,6 +53,9 @@ def peak_memory() -> Row:
 
 
 COLUMNS = {
+    "evaluations": (13, "evaluations", "{}"),
+    "agreement": (11, "agreement", "{:.1%}"),
+    "spread_ratio": (8, "spread", "{:.2f}"),
     "median": (12, "images/s", "{:.2f}"),
     "lowest": (10, "lowest", "{:.2f}"),
     "highest": (10, "highest", "{:.2f}"),

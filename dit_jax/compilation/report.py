@@ -15,6 +15,7 @@ from dit_jax.compilation.programs import lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.chips import Chip
+from dit_jax.sampling.generate import network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 
 FORMULA = "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / link bandwidth: published peaks, all at once"
@@ -168,7 +169,7 @@ def _needed(message: str) -> str:
 
 def _analytic_flops(what: str, config: ConfigDict) -> float:
     model = DiTConfig(**config.model)
-    passes = config.sample.steps * (2 if config.sample.guidance != 1 else 1)
+    passes = network_passes(config.diffusion, **config.sample)
     per_image = {"train": train_flops(model), "sample": 2 * forward_macs(model) * passes, "encode": 0}
     return per_image[what] * config.batch_size
 

@@ -1,11 +1,13 @@
 """Classifier-free guidance."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dit_jax.diffusion.gaussian import Denoiser
+from dit_jax.diffusion.gaussian import Denoiser, GaussianDiffusion
 from dit_jax.errors import InputError
 
 
@@ -24,7 +26,7 @@ def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: i
     Raises InputError when the model has no null class and scale is not 1.
     """
     config, y = model.config, jnp.asarray(y)
-    if isinstance(scale, int | float) and scale == 1:
+    if _is_one(scale):
         return lambda x, t: model(x, t, y)
     if config.class_dropout_prob == 0:
         raise InputError(
@@ -45,3 +47,48 @@ def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: i
         return jnp.concatenate([epsilon, conditional[..., count:]], axis=-1)
 
     return denoise
+
+
+def guided_within(
+    interval: Sequence[float],
+    diffusion: GaussianDiffusion,
+    model: Any,
+    y: jax.Array,
+    scale: float | jax.Array = 4.0,
+    channels: int | None = 3,
+) -> list[Denoiser]:
+    """A denoiser for each step of a process, for the samplers: guided in an interval of noise levels only, and outside
+    it without the second half (Kynkäänniemi et al. 2024, eq. 5).
+
+    interval: see `guided_steps`. Other arguments: see `guided`.
+    """
+    within, outside = guided_steps(interval, diffusion), guided(model, y, 1)
+    inside = outside if _is_one(scale) else guided(model, y, scale, channels)
+    return [inside if chosen else outside for chosen in within]
+
+
+def guided_steps(interval: Sequence[float], diffusion: GaussianDiffusion) -> np.ndarray:
+    """Which steps of a process are guided: (num_steps,) bool.
+
+    interval: (low, high), those of a noise level with low < sigma <= high; empty guides all. sigma is the ratio of
+        noise to signal, sqrt(1 / abar - 1): that of the paper, and the same for every schedule and number of steps.
+    Raises InputError if it is not an interval, or holds no step.
+    """
+    if not len(interval):
+        return np.ones(diffusion.num_steps, bool)
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise InputError(
+            f"guidance_interval={tuple(interval)}: expected two noise levels, low,high with 0 <= low < high"
+        )
+    levels = np.sqrt(1.0 / diffusion.alphas_cumprod - 1.0)
+    chosen = (interval[0] < levels) & (levels <= interval[1])
+    if not chosen.any():
+        raise InputError(
+            f"guidance_interval={tuple(interval)} holds none of the {len(levels)} steps, whose noise levels go from "
+            f"{levels[0]:.3g} to {levels[-1]:.3g}"
+        )
+    return chosen
+
+
+def _is_one(scale: float | jax.Array) -> bool:
+    return isinstance(scale, int | float) and scale == 1

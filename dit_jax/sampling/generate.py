@@ -1,6 +1,6 @@
 """From labels and keys to pictures, in one compiled program."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion
-from dit_jax.diffusion.guidance import guided
-from dit_jax.diffusion.samplers import ddim_sample, ddpm_sample, initial_noise
+from dit_jax.diffusion.guidance import guided_steps, guided_within
+from dit_jax.diffusion.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, initial_noise
 from dit_jax.errors import InputError
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.sharding import shard_batch
 
-SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
+SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm-solver++": dpm_solver_sample}
 
 Generate = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -46,6 +46,7 @@ def make_program(
     guidance: float,
     guidance_channels: int,
     clip_denoised: bool,
+    guidance_interval: Sequence[float] = (),
 ) -> Callable[..., jax.Array]:
     """The jitted (params, decoder's params, labels (B,), keys (B,)) -> (B, H, W, C) uint8.
 
@@ -53,22 +54,25 @@ def make_program(
         config: the model's.
         process: the diffusion it was trained with, as the fields of `config.diffusion`.
         codec: what makes pictures of the network's latents.
-        sampler: "ddpm" or "ddim".
+        sampler: "ddpm", "ddim" or "dpm-solver++".
         steps: evenly spaced steps, of those of training.
         guidance: scale; 1 is none.
         guidance_channels: guided noise channels, from the first; 0 guides all.
         clip_denoised: keep the predicted picture within [-1, 1] at every step; for pixels, not for latents.
+        guidance_interval: noise levels (low, high) that are guided, see `guidance.guided_steps`; empty guides all.
+            Records from before it was there lack it.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
     diffusion = GaussianDiffusion.create(respacing=str(steps), **process)
+    guided_steps(guidance_interval, diffusion)  # raises before anything is computed
     graph, _ = abstract_dit(config)
     shape = (config.input_size, config.input_size, config.in_channels)
 
     @jax.jit
     def generate(params: Any, decoder: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params)
-        denoise = guided(model, labels, scale=guidance, channels=guidance_channels or None)
+        denoise = guided_within(guidance_interval, diffusion, model, labels, guidance, guidance_channels or None)
         x_T = shard_batch(initial_noise(keys, shape))
         latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
         return everywhere(codec.decode(decoder, latents, to_uint8))
@@ -76,10 +80,25 @@ def make_program(
     return generate
 
 
+def network_passes(
+    process: Mapping[str, Any], *, steps: int, guidance: float, guidance_interval: Sequence[float] = (), **_: Any
+) -> int:
+    """How often the network runs for an image drawn with these settings (`make_program`): two make a guided step."""
+    diffusion = GaussianDiffusion.create(respacing=str(steps), **process)
+    return steps + (int(guided_steps(guidance_interval, diffusion).sum()) if guidance != 1 else 0)
+
+
 def image_keys(seed: int, first: int, count: int) -> jax.Array:
     """Keys of the images `first` to `first + count - 1` of a seed: (count,)."""
     key = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + count))
+
+
+def random_labels(seed: int, count: int, classes: int) -> jax.Array:
+    """A label for each of the first `count` images of a seed, every class as likely: (count,) int32."""
+    # Folded into an image's key, far above the steps and beside x_T: no noise comes from the same stream.
+    draw = lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 2), (), 0, classes)  # noqa: E731
+    return jax.vmap(draw)(image_keys(seed, 0, count))
 
 
 def everywhere(pictures: jax.Array) -> jax.Array:

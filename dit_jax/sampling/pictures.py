@@ -1,4 +1,4 @@
-"""Pictures to files: a captioned grid, a folder of PNGs, or an .npz."""
+"""Pictures for people: a captioned grid."""
 
 import math
 from collections.abc import Sequence
@@ -7,34 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dit_jax.files import make_folder, replacing
+from dit_jax.files import replacing
 
 CAPTION = 14  # pixels
-
-
-def save_pictures(path: str | Path, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """Write (B, H, W, C) uint8 images, C 1 or 3, in the format that the end of `path` names.
-
-    `.png`: one captioned grid. `.npz`: `arr_0` the images and `labels` (B,). Anything else: a folder with a PNG an
-    image, `000000-3.png`, by index and label. Raises InputError if the place cannot be written to.
-    """
-    path = Path(path)
-    if path.suffix == ".png":
-        save_grid(path, images, [class_names[label] for label in labels])
-    elif path.suffix == ".npz":
-        with replacing(path) as temporary:
-            np.savez(temporary, arr_0=images, labels=labels)
-    else:
-        make_folder(path)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            with replacing(path / f"{i:06d}-{label}.png") as temporary:
-                _picture(image).save(temporary)
-
-
-def check_destination(path: str | Path) -> None:
-    """Raise InputError, before the work is done, if `save_pictures` could not write there."""
-    path = Path(path)
-    make_folder(path.parent if path.suffix in (".png", ".npz") else path)
 
 
 def save_grid(path: str | Path, images: np.ndarray, captions: Sequence[str]) -> None:
@@ -56,10 +31,11 @@ def save_grid(path: str | Path, images: np.ndarray, captions: Sequence[str]) -> 
         while pen.textlength(caption, font) > tile:
             caption = caption[:-2] + "…"
         pen.text((left + tile / 2, top), caption, "black", font, anchor="ma")
-        grid.paste(_picture(image).resize((tile, tile), Image.Resampling.NEAREST), (left, top + CAPTION))
+        grid.paste(as_picture(image).resize((tile, tile), Image.Resampling.NEAREST), (left, top + CAPTION))
     with replacing(path) as temporary:
         grid.save(temporary)
 
 
-def _picture(image: np.ndarray) -> Image.Image:
+def as_picture(image: np.ndarray) -> Image.Image:
+    """image: (H, W, C) uint8, C 1 or 3."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

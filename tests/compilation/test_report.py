@@ -47,6 +47,19 @@ def test_sampling_counts_every_step_and_both_halves_of_guidance():
     assert row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
 
 
+def test_outside_the_guidance_interval_the_second_half_costs_nothing():
+    counts = {}
+    for interval in ((), (0.3, 3.0)):
+        config = small_config()
+        config.data.source = "digits"
+        config.sample.steps, config.sample.guidance_interval = 10, interval
+        flops = report.measure("sample", config, make_mesh({"data": 8}), None)["flops"]
+        assert flops["compiled"] == pytest.approx(flops["analytic"], rel=0.05)
+        counts[interval] = flops["analytic"]
+    guided = 4  # of ten steps
+    assert counts[(0.3, 3.0)] == pytest.approx(counts[()] * (10 + guided) / 20)
+
+
 @pytest.mark.parametrize("start", [1, 3, 16])
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 13, 16, 100])
 def test_the_largest_batch_is_found_within_an_eighth(limit, start):

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.diffusion.guidance import guided
+from dit_jax.diffusion.gaussian import GaussianDiffusion
+from dit_jax.diffusion.guidance import guided, guided_steps, guided_within
+from dit_jax.diffusion.samplers import ddim_sample
 from dit_jax.errors import InputError
 
 Y = np.array([3, 0, 9])
@@ -81,3 +83,42 @@ def test_a_model_without_null_class_is_refused_unless_scale_is_one():
 def test_guiding_no_channel_is_refused():
     with pytest.raises(InputError, match="channels is 0"):
         guided(FakeModel(), Y, channels=0)
+
+
+DIFFUSION = GaussianDiffusion.create("20")
+LEVELS = np.sqrt((1 - DIFFUSION.alphas_cumprod) / DIFFUSION.alphas_cumprod)
+
+
+def test_the_interval_is_of_noise_levels_open_below_and_closed_above():
+    chosen = guided_steps((LEVELS[5], LEVELS[9]), DIFFUSION)
+    assert np.flatnonzero(chosen).tolist() == [6, 7, 8, 9]
+    assert guided_steps((), DIFFUSION).all() and guided_steps((0, 1e9), DIFFUSION).all()
+
+
+def test_outside_the_interval_the_second_half_is_not_run():
+    model = FakeModel()
+    denoise = guided_within((LEVELS[5], LEVELS[9]), DIFFUSION, model, Y, 4.0)
+    x = ddim_sample(DIFFUSION, denoise, X, None)
+    assert set(model.batches) == {3, 6} and len(denoise) == 20
+    for t in (5, 6, 9, 10):
+        expected = by_hand(model, 4.0, 3) if 5 < t < 10 else model(X, T, Y)
+        np.testing.assert_allclose(denoise[t](X, T), expected, atol=1e-5)
+    everywhere = ddim_sample(DIFFUSION, guided_within((), DIFFUSION, model, Y, 4.0), X, None)
+    np.testing.assert_array_equal(everywhere, ddim_sample(DIFFUSION, guided(model, Y, 4.0), X, None))
+    assert jnp.abs(x - everywhere).max() > 0.01
+
+
+def test_without_guidance_the_interval_changes_nothing():
+    denoise = guided_within((LEVELS[5], LEVELS[9]), DIFFUSION, FakeModel(), Y, 1.0)
+    assert len(set(denoise)) == 1, "one scan"
+
+
+@pytest.mark.parametrize("interval", [(1.0,), (2.0, 1.0), (-1.0, 2.0), (float("nan"), 2.0), (0.1, 0.2, 0.3)])
+def test_what_is_no_interval_is_refused(interval):
+    with pytest.raises(InputError, match="0 <= low < high"):
+        guided_steps(interval, DIFFUSION)
+
+
+def test_an_interval_between_two_steps_is_refused():
+    with pytest.raises(InputError, match=r"none of the 20 steps, whose noise levels go from 0\.01 to 157"):
+        guided_steps((1000, 2000), DIFFUSION)

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.diffusion.gaussian import GaussianDiffusion
-from dit_jax.diffusion.samplers import ddim_invert, ddim_sample, ddpm_sample, initial_noise
+from dit_jax.diffusion.samplers import ddim_invert, ddim_sample, ddpm_sample, dpm_solver_sample, initial_noise
 from dit_jax.errors import InputError
 
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "ddim_eta": partial(ddim_sample, eta=0.7)}
@@ -50,6 +50,66 @@ def test_inversion_replays_the_published_loop(golden, toy):
     for num_steps in (None, 9):
         x = ddim_invert(diffusion, toy(diffusion), golden("loss/x0"), num_steps=num_steps)
         np.testing.assert_allclose(x, golden("sample/ddim_reverse/10"), atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 25])
+def test_dpm_solver_walks_like_the_one_of_diffusers(toy, draws, schedule, steps):
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    diffusion = GaussianDiffusion.create(str(steps), schedule, variance="fixed_small")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule=schedule, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
+    )
+    theirs.set_timesteps(timesteps=diffusion.timestep_map[::-1].tolist())
+    denoise, x_T = toy(diffusion), draws("x_T", 1)[0]
+    x = torch.from_numpy(x_T.copy())
+    for t in theirs.timesteps:
+        output = denoise(x.numpy(), np.full(len(x), int(t), np.int32))
+        x = theirs.step(torch.from_numpy(np.array(output)), t, x).prev_sample
+    ours = dpm_solver_sample(diffusion, denoise, x_T)
+    np.testing.assert_allclose(ours, x.numpy(), atol=1e-4 * np.abs(x.numpy()).max())
+
+
+@pytest.mark.parametrize(("sample", "order"), [(ddim_sample, 1), (dpm_solver_sample, 2)])
+def test_twice_the_steps_divide_the_error_by_two_to_the_order(gaussian_data, keys, sample, order):
+    """Gaussian data has a known path: x_t - alpha_t mean stays in proportion to its own deviation."""
+    x_T, mean, std = initial_noise(keys, (4, 4, 3)), 0.3, 0.5
+    errors = []
+    for steps in (25, 49, 97):  # whose timesteps lie inside each other
+        diffusion = GaussianDiffusion.create(f"{steps}", "squaredcos_cap_v2", variance="fixed_small")
+        denoise = gaussian_data(diffusion, mean, std)
+        _, states = sample(diffusion, denoise, x_T, None, trajectory_every=1)
+        abar = diffusion.alphas_cumprod[[0, -1]]
+        deviation = np.sqrt(abar * std**2 + 1 - abar)
+        exact = np.sqrt(abar[0]) * mean + deviation[0] / deviation[1] * (x_T - np.sqrt(abar[1]) * mean)
+        errors.append(float(jnp.abs(states[-2] - exact).max()))
+    ratios = np.divide(errors[:-1], errors[1:])
+    np.testing.assert_allclose(np.log2(ratios), order, atol=0.25)
+
+
+def test_dpm_solver_draws_its_data_clips_and_conditions(gaussian_data, toy, keys, draws):
+    diffusion = GaussianDiffusion.create("50", "squaredcos_cap_v2", variance="fixed_small")
+    mean, std = moments_of_samples(diffusion, gaussian_data(diffusion, 0.3, 0.5), dpm_solver_sample, keys)
+    assert abs(mean - 0.3) < 0.02 and abs(std - 0.5) < 0.02
+    diffusion, x_T = GaussianDiffusion.create("10"), 3 * draws("x_T", 1)[0]
+    assert jnp.abs(dpm_solver_sample(diffusion, toy(diffusion), x_T, clip_denoised=True)).max() <= 1
+    one = GaussianDiffusion.create("1")
+    for cond_fn in (None, lambda x, t: -0.3 * x):  # a single step is DDIM's
+        np.testing.assert_allclose(
+            dpm_solver_sample(one, toy(one), x_T, cond_fn=cond_fn),
+            ddim_sample(one, toy(one), x_T, None, cond_fn=cond_fn),
+            rtol=1e-5,
+        )
+
+
+def test_a_denoiser_for_each_step_is_used_at_its_step(toy, draws):
+    diffusion, x_T, noise = GaussianDiffusion.create("10"), draws("x_T", 1)[0], draws("ddpm", 10)
+    early, late = toy(diffusion), lambda x, t: 0.5 * toy(diffusion)(x, t)
+    mixed = lambda x, t: jnp.where((t < diffusion.timestep_map[4])[:, None, None, None], late(x, t), early(x, t))  # noqa: E731
+    for sample in (partial(ddpm_sample, noise=noise), ddim_sample, dpm_solver_sample):
+        _, whole = sample(diffusion, mixed, x_T, None, trajectory_every=3)
+        _, parts = sample(diffusion, [late] * 4 + [early] * 6, x_T, None, trajectory_every=3)
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
 def test_the_condition_sees_original_timesteps():
@@ -147,7 +207,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, "ddim_invert", "bits_per_dim"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "dpm_solver", "ddim_invert", "bits_per_dim"])
 def test_a_loop_is_one_scan_whose_program_does_not_grow_with_steps(toy, keys, name):
     def program(respacing):
         diffusion = GaussianDiffusion.create(respacing)
@@ -157,6 +217,8 @@ def test_a_loop_is_one_scan_whose_program_does_not_grow_with_steps(toy, keys, na
             return jax.make_jaxpr(partial(diffusion.bits_per_dim, toy(diffusion)))(x, noise)
         if name == "ddim_invert":
             return jax.make_jaxpr(partial(ddim_invert, diffusion, toy(diffusion)))(x)
+        if name == "dpm_solver":
+            return jax.make_jaxpr(partial(dpm_solver_sample, diffusion, toy(diffusion)))(x)
         return jax.make_jaxpr(partial(SAMPLERS[name], diffusion, toy(diffusion)))(x, keys)
 
     sizes = {}

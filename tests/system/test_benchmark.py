@@ -42,6 +42,28 @@ def test_the_autoencoder_and_its_peer_are_measured_in_turn(tmp_path):
     assert names == ["encode, ours", "decode, ours", "encode, diffusers", "decode, diffusers"]
 
 
+def test_sampling_and_its_peer_are_measured_in_turn(tmp_path):
+    small = {"input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    result = run(
+        "sample",
+        "--config=configs/imagenet256.py",
+        *(f"--config.model.{name}={value}" for name, value in small.items()),
+        "--config.batch_size=2",
+        "--config.sample.steps=3",
+        "--peer=diffusers",
+        "--repeats=2",
+        f"--json={tmp_path / 'speed.json'}",
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["name"] for row in rows] == ["sample, 2 at once, 3 steps", "sample, 2 at once, 3 steps, diffusers"]
+
+
+def test_samplers_need_weights_and_data():
+    result = run("samplers", "--data=digits")
+    assert result.returncode == 2 and "needs --weights and --data" in result.stderr
+
+
 def test_an_unknown_part_is_refused():
     result = run("everything")
-    assert result.returncode == 2 and "expected one of train, sample, forward, data, encode" in result.stderr
+    assert result.returncode == 2 and "expected one of train, sample, forward, data, encode, samplers" in result.stderr

@@ -99,7 +99,7 @@ def test_raw_weights_draw_other_images_into_a_folder(tmp_path, digits_run):
         out = tmp_path / ema
         result = run("sample", f"--weights={digits_run}", f"--out={out}", f"--ema={ema}", "--labels=3,7", "--seed=5")
         assert result.returncode == 0, result.stderr
-    names = sorted(path.name for path in (tmp_path / "true").iterdir())
+    names = sorted(path.name for path in (tmp_path / "true").glob("*.png"))
     assert names == ["000000-3.png", "000001-7.png"]
     assert any((tmp_path / "true" / n).read_bytes() != (tmp_path / "false" / n).read_bytes() for n in names)
 
@@ -189,9 +189,13 @@ def test_a_truncated_photograph_stops_the_run_or_is_replaced_and_counted(tmp_pat
 
 def test_sample_refuses(tmp_path, digits_run):
     out = f"--out={tmp_path / 'a.png'}"
-    refuses("0 to 9", "sample", f"--weights={digits_run}", out, "--labels=0,10")
+    refuses("takes numbers of classes, balanced or random", "sample", f"--weights={digits_run}", out, "--labels=0,10")
     refuses("nothing of that name", "sample", "--weights=/nowhere", out)
     refuses("cannot write", "sample", f"--weights={digits_run}", "--out=/proc/none/a.png")
+    npz = f"--out={tmp_path / 'a.npz'}"
+    refuses("low,high with 0 <= low", "sample", f"--weights={digits_run}", npz, "--guidance_interval=3")
+    refuses("'x' is not a number", "sample", f"--weights={digits_run}", npz, "--guidance_interval=0,x")
+    assert not list(tmp_path.iterdir())
     refuses("--steps", "sample", f"--weights={digits_run}", out, "--steps=0")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     refuses("no checkpoint yet", "sample", f"--weights={tmp_path / 'run'}", out)

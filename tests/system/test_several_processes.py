@@ -176,9 +176,9 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path):
     train(tmp_path, "run", 1, 1, "--config.steps=2", "--config.preview.every=0").succeeds()
     pictures = []
     for count in (1, 2):
-        args = [f"--weights={tmp_path / 'run'}", f"--out={tmp_path / f'{count}.npz'}", "--count=12", "--batch=6"]
+        args = [f"--weights={tmp_path / 'run'}", f"--out={tmp_path / f'{count}.npz'}", "--count=150", "--batch=32"]
         printed = Pod(tmp_path / f"sample{count}", count, 2, "dit_jax.sample", *args).succeeds()
         assert printed.count("wrote") == 1
         pictures.append(read_npz(tmp_path / f"{count}.npz", ("arr_0",))["arr_0"].astype(int))
-    assert pictures[0].shape == (12, 8, 8, 1)
-    assert np.abs(pictures[1] - pictures[0]).max() <= 1 and (pictures[1] != pictures[0]).mean() < 1e-2
+    assert pictures[0].shape == (150, 8, 8, 1)
+    assert np.abs(pictures[1] - pictures[0]).max() <= 1 and (pictures[1] != pictures[0]).mean() <= 1e-4
