@@ -1,6 +1,7 @@
 """Layers that DiT's modules share: Linear, LayerNorm, modulation. The precision policy is applied here."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Linear(nnx.Module):
         return (rows @ kernel + bias).reshape(*x.shape[:-1], -1)
 
 
-@jax.checkpoint
+@partial(jax.checkpoint, prevent_cse=False)
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """The tanh form of GELU (Hendrycks & Gimpel 2016, sec. 2)."""
     return nnx.gelu(x, approximate=True)
@@ -53,7 +54,7 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float 
     x: (B, N, D); shift and scale: (B, 1, D), the same for every token. The backward pass starts from these again.
     """
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, prevent_cse=False)
     def modulated(x, shift, scale):
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
