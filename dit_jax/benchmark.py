@@ -28,6 +28,8 @@ BATCH = flags.DEFINE_integer("batch", 1, "For encode: images at once.", lower_bo
 WEIGHTS = flags.DEFINE_string("weights", None, "For samplers: a run, a file or folder of weights, or a name.")
 DATA = flags.DEFINE_string("data", None, "For samplers: the real images, as in config.data.source.")
 COUNT = flags.DEFINE_integer("count", 1000, "For samplers: images drawn with each setting.", lower_bound=2)
+FEATURES = flags.DEFINE_string("features", None, "For samplers, with --reference: classifier:PATH.")
+REFERENCE = flags.DEFINE_string("reference", None, "For samplers, with --features: as dit_jax.evaluate makes it.")
 PLOT = flags.DEFINE_string("plot", None, "For samplers: a PNG of the figures.")
 
 WHAT = ("train", "sample", "forward", "data", "encode", "samplers")
@@ -36,6 +38,8 @@ ONLY_FOR = {
     "profile": ("train", "sample"),
     "weights": ("samplers",),
     "data": ("samplers",),
+    "features": ("samplers",),
+    "reference": ("samplers",),
     "plot": ("samplers",),
 }
 
@@ -53,6 +57,8 @@ def main(what: str) -> None:
         raise InputError(f"benchmark {what} needs --config")
     if what == "samplers" and not (WEIGHTS.value and DATA.value):
         raise InputError("benchmark samplers needs --weights and --data")
+    if bool(FEATURES.value) != bool(REFERENCE.value):
+        raise InputError("--features and --reference go together")
 
     from dit_jax.benchmarks import parts, rates, samplers
     from dit_jax.files import write_json
@@ -63,7 +69,7 @@ def main(what: str) -> None:
         "forward": lambda: parts.forward(config, REPEATS.value, PEER.value),
         "data": lambda: parts.data(config, REPEATS.value),
         "encode": lambda: parts.encode(AUTOENCODER.value, IMAGE_SIZE.value, BATCH.value, REPEATS.value, PEER.value),
-        "samplers": lambda: samplers.compare(WEIGHTS.value, DATA.value, COUNT.value),
+        "samplers": lambda: samplers.compare(WEIGHTS.value, DATA.value, COUNT.value, FEATURES.value, REFERENCE.value),
     }[what]()
     print(rates.table(rows))
     if JSON.value:

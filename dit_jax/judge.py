@@ -17,20 +17,15 @@ OUT = flags.DEFINE_string("out", None, "The JSON to write.")
 
 
 def main() -> None:
-    import numpy as np
-
     from dit_jax.data.sources import open_source
-    from dit_jax.data.transforms import to_pixels
     from dit_jax.evaluation.agreement import judge
+    from dit_jax.evaluation.images import labelled_images
     from dit_jax.files import read_npz, write_json
 
     arrays = read_npz(SAMPLES.value, ("arr_0", "labels"))
     samples, labels = arrays["arr_0"], arrays["labels"]
     source = open_source(DATA.value)
-    records = [source[i] for i in range(len(source))]
-    real = np.stack([to_pixels(record["image"], samples.shape[1]) for record in records])
-    real_labels = np.array([record["label"] for record in records])
-    judgement = judge(samples, labels, real, real_labels, source.class_names)
+    judgement = judge(samples, labels, *labelled_images(source, samples.shape[1]), source.class_names)
     write_json(OUT.value, judgement)
     print(
         f"{SAMPLES.value}: {judgement['agreement']:.1%} of {judgement['samples']} images show the class asked for; "

@@ -2,9 +2,6 @@
 # Sourced by the scripts beside it. `prepare [EXTRA]` goes to the checkout and makes .venv there with the package and,
 # if named, one extra of pyproject.toml. It does nothing that has been done before.
 
-# A training step on a CPU asks for gigabytes anew each time: let malloc take large pages, and keep them between steps.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1}
-
 prepare() {
     local extra=${1:-} python wanted
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

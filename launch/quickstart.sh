@@ -6,6 +6,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare
 run=runs/digits
 python=.venv/bin/python
+# A training step on a CPU asks for gigabytes anew each time: let malloc take large pages, and keep them between steps.
+malloc=hugetlb=1:mmap_max=0:arena_max=1:trim_threshold=68719476736
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.${malloc//:/:glibc.malloc.}}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$run/compiled}
 
 echo "== training on 1,797 digits of 8x8 pixels (about four minutes on two cores)"

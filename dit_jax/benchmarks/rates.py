@@ -56,6 +56,7 @@ COLUMNS = {
     "evaluations": (13, "evaluations", "{}"),
     "agreement": (11, "agreement", "{:.1%}"),
     "spread_ratio": (8, "spread", "{:.2f}"),
+    "classifier_frechet_distance": (10, "distance", "{:.3g}"),
     "median": (12, "images/s", "{:.2f}"),
     "lowest": (10, "lowest", "{:.2f}"),
     "highest": (10, "highest", "{:.2f}"),

@@ -11,10 +11,12 @@ from tqdm import tqdm
 from dit_jax.benchmarks.rates import Row
 from dit_jax.checkpoints.files import open_weights
 from dit_jax.data.sources import open_source
-from dit_jax.data.transforms import to_pixels
 from dit_jax.errors import InputError
 from dit_jax.evaluation.agreement import judge
+from dit_jax.evaluation.comparison import make_comparison
+from dit_jax.evaluation.images import labelled_images
 from dit_jax.files import replacing
+from dit_jax.parallel.mesh import make_mesh
 from dit_jax.sampling.generate import SAMPLERS, image_keys, make_generate, network_passes
 
 STEPS = (10, 25, 50, 250)
@@ -23,6 +25,7 @@ BATCH = 250  # images at once
 MEASURES = {
     "agreement": "images that show the class asked for",
     "spread_ratio": "spread within a class, real images: 1",
+    "classifier_frechet_distance": "Fréchet distance, classifier features",
 }
 
 
@@ -30,31 +33,38 @@ def compare(
     weights: str,
     data: str,
     count: int,
+    features: str | None = None,
+    reference: str | None = None,
     samplers: Sequence[str] = tuple(SAMPLERS),
     steps: Sequence[int] = STEPS,
     guidance: Sequence[float] = GUIDANCE,
 ) -> list[Row]:
     """Draw `count` pictures, every class equally often, from the same noise with each setting, and judge them.
 
-    A row says how often the network ran for an image ("evaluations": a guided step is two) and, for each of MEASURES,
-    what `judge` found with the real images of `data`. Raises InputError for a network that draws latents.
+    A row says how often the network ran for an image ("evaluations": a guided step is two) and, of MEASURES, what
+    `judge` found with the real images of `data`, and the distance from a reference by a classifier's features if both
+    are given, as to `make_comparison`. Raises InputError for a network that draws latents.
     """
     opened = open_weights(weights)
     record, params = opened.record, opened.params()
     if record.model.in_channels not in (1, 3):
         raise InputError(f"{weights} draws latents: judging takes pixels, of a data set small enough for scikit-learn")
     labels = np.resize(np.arange(len(record.class_names), dtype=np.int32), count)
-    real = real_images(data, record.model.input_size)
+    side = record.model.input_size
+    real = labelled_images(open_source(data), side)
+    figures_of = lambda images: {}  # noqa: E731
+    if features and reference:
+        figures_of = make_comparison(features, reference, (side, side, record.model.in_channels), make_mesh(), BATCH)
     rows = []
     for sampler, scale, number in tqdm(list(product(samplers, guidance, steps)), unit="setting"):
         settings = dict(record.sample) | {"sampler": sampler, "steps": number, "guidance": scale}
         generate = make_generate(record.model, record.diffusion, **settings)
         images = draw(generate, params, labels)
-        found = judge(images, labels, *real, record.class_names)
+        found = judge(images, labels, *real, record.class_names) | figures_of(images)
         rows.append(
             {"name": f"{sampler}, guidance {scale:g}, {number} steps", "sampler": sampler, "guidance": scale}
             | {"steps": number, "evaluations": network_passes(record.diffusion, **settings), "count": count}
-            | {measure: found[measure] for measure in MEASURES}
+            | {measure: found[measure] for measure in MEASURES if measure in found}
         )
     return rows
 
@@ -62,9 +72,10 @@ def compare(
 def plot(rows: Sequence[Row], path: str | Path) -> None:
     """A PNG: each measure over the number of network evaluations, a column for each guidance, a line a sampler."""
     scales, samplers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("guidance", "sampler"))
-    figure = Figure(figsize=(3.2 * len(scales) + 0.8, 2.7 * len(MEASURES) + 0.6), layout="constrained")
-    axes = figure.subplots(len(MEASURES), len(scales), sharex="col", sharey="row", squeeze=False)
-    for (i, measure), (j, scale) in product(enumerate(MEASURES), enumerate(scales)):
+    measures = [measure for measure in MEASURES if measure in rows[0]]
+    figure = Figure(figsize=(3.2 * len(scales) + 0.8, 2.7 * len(measures) + 0.6), layout="constrained")
+    axes = figure.subplots(len(measures), len(scales), sharex="col", sharey="row", squeeze=False)
+    for (i, measure), (j, scale) in product(enumerate(measures), enumerate(scales)):
         ax = axes[i, j]
         for sampler, marker in zip(samplers, "osD^", strict=False):
             own = [row for row in rows if row["guidance"] == scale and row["sampler"] == sampler]
@@ -78,8 +89,8 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
         ax.grid(alpha=0.3)
         if i == 0:
             ax.set_title(f"guidance {scale:g}" if scale != 1 else "no guidance", fontsize=10)
-    for ax, label in zip(axes[:, 0], MEASURES.values(), strict=True):
-        ax.set_ylabel(label, fontsize=9)
+    for ax, measure in zip(axes[:, 0], measures, strict=True):
+        ax.set_ylabel(MEASURES[measure], fontsize=9)
     figure.supxlabel("network evaluations an image", fontsize=10)
     axes[0, 0].legend(fontsize=8)
     with replacing(path) as temporary:
@@ -92,11 +103,3 @@ def draw(generate, params: dict, labels: np.ndarray) -> np.ndarray:
     starts = range(0, len(labels), batch)
     drawn = [generate(params, np.resize(labels[i:], batch), image_keys(0, i, batch)) for i in starts]
     return np.concatenate([np.asarray(images) for images in drawn])[: len(labels)]
-
-
-def real_images(data: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a data set, (N, size, size, C) uint8, and their labels (N,)."""
-    source = open_source(data)
-    records = [source[i] for i in range(len(source))]
-    images = np.stack([to_pixels(record["image"], size) for record in records])
-    return images, np.array([record["label"] for record in records])

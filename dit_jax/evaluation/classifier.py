@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dit_jax.checkpoints.tensor_files import SAFETENSORS, check_shapes, read_tensors, write_tensors
 from dit_jax.data.sources import Source
 from dit_jax.errors import InputError
-from dit_jax.evaluation.images import source_images
+from dit_jax.evaluation.images import labelled_images
 from dit_jax.models.classifier import Classifier, ClassifierConfig, abstract_classifier
 
 RECORD = "classifier"
@@ -37,8 +37,7 @@ def train_classifier(source: Source, image_size: int) -> tuple[ClassifierConfig,
     config = ClassifierConfig(image_size, source.channels, len(source.class_names))
     if config.num_classes < 2 or len(source) < HELD_OUT:
         raise InputError(f"{source!r} has {config.num_classes} classes and {len(source)} images: nothing to tell apart")
-    images = source_images(source, image_size, range(len(source)))[:]
-    labels = np.array([source[i]["label"] for i in range(len(source))])
+    images, labels = labelled_images(source, image_size)
     test = held_out(len(source))
     params = _fit(config, np.delete(images, test, axis=0), np.delete(labels, test))
     logits = apply_classifier(config, params, images[test])["logits"]

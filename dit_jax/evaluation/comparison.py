@@ -1,9 +1,15 @@
 """The figures of a set of samples against a reference, and whether they can be compared with published ones."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from dit_jax.evaluation.features import Network, Summary
-from dit_jax.evaluation.reference import Reference
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dit_jax.errors import InputError
+from dit_jax.evaluation.features import Extractor, Network, Summary, open_network, summarise
+from dit_jax.evaluation.reference import Reference, measure, open_reference
 from dit_jax.evaluation.statistics import frechet_distance, inception_score, precision_recall
 
 NAMES = {
@@ -59,6 +65,23 @@ def compare(samples: Summary, reference: Reference, network: Network) -> dict[st
         "classifier_precision": precision,
         "classifier_recall": recall,
     }
+
+
+def make_comparison(
+    features: str, reference: str, shape: tuple[int, int, int], mesh: Mesh, batch: int
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """A function from (N, H, W, C) uint8 samples of that shape to figures against a reference, which is measured once.
+
+    features: see `open_network`. Raises InputError if the reference cannot be measured, or holds other pictures.
+    """
+    network = open_network(features)
+    opened, extract = open_reference(reference, network), Extractor(network, mesh, batch)
+    if opened.pictures.images.shape[1:] != shape:
+        found, expected = ("x".join(map(str, each)) for each in (opened.pictures.images.shape[1:], shape))
+        raise InputError(f"{reference} holds pictures of {found}, the model draws {expected}")
+    with jax.set_mesh(mesh):
+        measured = measure(opened, extract)
+    return lambda samples: compare(summarise(extract, samples, "samples"), measured, network)
 
 
 def caveats(count: int, reference: Reference, network: Network) -> list[str]:

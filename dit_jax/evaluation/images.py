@@ -97,6 +97,12 @@ def source_images(source: Source, size: int, indices: Sequence[int]) -> ReadImag
     return ReadImages(read, len(indices), (size, size, source.channels))
 
 
+def labelled_images(source: Source, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a small data source, (N, size, size, C) uint8, and their labels (N,)."""
+    everything = range(len(source))
+    return source_images(source, size, everything)[:], np.array([source[i]["label"] for i in everything])
+
+
 def require_enough(count: int, name: str | Path) -> None:
     """Raise InputError for a set too small to have a covariance and neighbours."""
     if count < FEWEST:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.config import DiTConfig
@@ -15,7 +14,7 @@ from dit_jax.diffusion.guidance import guided_steps, guided_within
 from dit_jax.diffusion.samplers import ddim_sample, ddpm_sample, dpm_solver_sample, initial_noise
 from dit_jax.errors import InputError
 from dit_jax.models.dit import abstract_dit
-from dit_jax.parallel.sharding import shard_batch
+from dit_jax.parallel.sharding import replicate, shard_batch
 
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm-solver++": dpm_solver_sample}
 
@@ -75,7 +74,7 @@ def make_program(
         denoise = guided_within(guidance_interval, diffusion, model, labels, guidance, guidance_channels or None)
         x_T = shard_batch(initial_noise(keys, shape))
         latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
-        return everywhere(codec.decode(decoder, latents, to_uint8))
+        return replicate(codec.decode(decoder, latents, to_uint8))
 
     return generate
 
@@ -99,13 +98,6 @@ def random_labels(seed: int, count: int, classes: int) -> jax.Array:
     # Folded into an image's key, far above the steps and beside x_T: no noise comes from the same stream.
     draw = lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 2), (), 0, classes)  # noqa: E731
     return jax.vmap(draw)(image_keys(seed, 0, count))
-
-
-def everywhere(pictures: jax.Array) -> jax.Array:
-    """Give every device all the pictures, so that each process can read them; does nothing outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return pictures
-    return jax.lax.with_sharding_constraint(pictures, PartitionSpec())
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

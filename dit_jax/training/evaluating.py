@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -10,10 +9,8 @@ from ml_collections import ConfigDict
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
-from dit_jax.evaluation.comparison import compare
-from dit_jax.evaluation.features import Extractor, open_network, summarise
+from dit_jax.evaluation.comparison import make_comparison
 from dit_jax.evaluation.images import require_enough
-from dit_jax.evaluation.reference import measure, open_reference
 from dit_jax.sampling.generate import image_keys, make_generate
 
 Evaluation = Callable[[dict], Mapping[str, float]]
@@ -34,23 +31,15 @@ def make_evaluation(config: ConfigDict, mesh: Mesh, codec: Codec | None) -> Eval
             raise InputError(f"eval.every={settings.every} needs config.eval.{name}")
     require_enough(settings.count, "config.eval.count")
     model, codec = DiTConfig(**config.model), codec or IDENTITY
-    network = open_network(settings.features)
-    opened = open_reference(settings.reference, network)
     side = model.input_size * codec.downsample
     channels = codec.config.out_channels if codec.config else model.in_channels
-    if opened.pictures.images.shape[1:] != (side, side, channels):
-        found = "x".join(map(str, opened.pictures.images.shape[1:]))
-        raise InputError(f"{settings.reference} holds pictures of {found}, the model draws {side}x{side}x{channels}")
     batch = mesh.size * -(-settings.batch // mesh.size)
-    extract = Extractor(network, mesh, batch)
+    figures_of = make_comparison(settings.features, settings.reference, (side, side, channels), mesh, batch)
     generate = make_generate(model, config.diffusion, codec, **config.sample)
-    with jax.set_mesh(mesh):
-        reference = measure(opened, extract)
 
     def evaluate(params: dict) -> Mapping[str, float]:
         images = draw(generate, params, model.num_classes, config.seed, settings.count, batch)
-        figures = compare(summarise(extract, images, "samples"), reference, network)
-        return {f"eval/{name}_{settings.count}": value for name, value in figures.items()}
+        return {f"eval/{name}_{settings.count}": value for name, value in figures_of(images).items()}
 
     return evaluate
 

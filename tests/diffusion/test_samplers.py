@@ -158,7 +158,7 @@ def test_an_image_depends_on_its_own_key_only(toy, keys, name):
     diffusion = GaussianDiffusion.create("10")
     run = jax.jit(lambda keys: SAMPLERS[name](diffusion, toy(diffusion), initial_noise(keys, (4, 4, 4)), keys))
     x, chosen = run(keys), np.array([7, 0, 3])
-    np.testing.assert_allclose(run(keys[chosen]), x[chosen], atol=1e-6)
+    np.testing.assert_allclose(run(keys[chosen]), x[chosen], rtol=1e-6, atol=1e-6)
     assert len(np.unique(np.asarray(x)[:, 0, 0, 0])) == len(keys)
 
 
@@ -168,7 +168,7 @@ def test_the_keys_draw_the_noise_they_promise(toy, keys):
     noise = [[jax.random.normal(jax.random.fold_in(key, i), (4, 4, 4)) for key in keys] for i in range(10)]
     noise = np.array(noise)
     by_keys = ddpm_sample(diffusion, toy(diffusion), x_T, keys)
-    np.testing.assert_allclose(by_keys, ddpm_sample(diffusion, toy(diffusion), x_T, None, noise=noise), atol=1e-6)
+    np.testing.assert_allclose(by_keys, ddpm_sample(diffusion, toy(diffusion), x_T, None, noise=noise), rtol=1e-6, atol=1e-6)
     raw = ddpm_sample(diffusion, toy(diffusion), x_T, jax.random.key_data(keys))
     np.testing.assert_array_equal(by_keys, raw)
     assert np.abs(noise - x_T).min(axis=(1, 2, 3, 4)).max() > 0 and not (noise == np.asarray(x_T)).any()
@@ -184,9 +184,9 @@ def test_the_trajectory_is_the_loop_stopped_every_k_steps(toy, draws, sample, ev
     _, all_states = run(trajectory_every=1)
     stops = [*range(every, 10, every), 10]
     assert states.shape == (len(stops), *x_T.shape)
-    np.testing.assert_allclose(states, all_states[np.array(stops) - 1], atol=1e-6)
+    np.testing.assert_allclose(states, all_states[np.array(stops) - 1], rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(states[-1], x)
-    np.testing.assert_allclose(x, run(), atol=1e-6)
+    np.testing.assert_allclose(x, run(), rtol=1e-6, atol=1e-6)
 
 
 def test_every_state_of_a_ddpm_trajectory_is_one_step_by_hand(toy, keys, draws):
@@ -247,7 +247,7 @@ def test_eight_devices_draw_what_one_does(toy, keys, sample):
     spread = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
     x = run(jax.device_put(x_T, spread), jax.device_put(keys, spread))
     assert x.sharding.is_equivalent_to(spread, x.ndim)
-    np.testing.assert_allclose(x, run(x_T, keys), atol=1e-6)
+    np.testing.assert_allclose(x, run(x_T, keys), rtol=1e-6, atol=1e-6)
 
 
 def test_noise_and_keys_that_do_not_fit_are_told(toy, keys):

@@ -53,7 +53,7 @@ def test_eight_steps_give_the_losses_and_weights_of_the_official_training():
             if key.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which AdamW scales up
                 assert error[32:64].max() < 4e-4
                 error[32:64] = 0
-            assert error.max() < 1e-5, f"{name}/{key}"
+            assert error.max() < 2e-5, f"{name}/{key}"
 
 
 def test_a_saved_run_goes_on_in_another_trainer_as_if_never_stopped(tmp_path):

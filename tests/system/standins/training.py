@@ -10,8 +10,10 @@ asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 step = int(state.read_text()) if state.exists() else 0
 print(f"from step {step}", flush=True)
-while step < last and not asked:
+while step < last:
     time.sleep(0.02)
     step += 1
+    if asked:
+        break
 state.write_text(str(step))
 print(f"at step {step}", flush=True)
