@@ -149,19 +149,8 @@ class Program:
         return written + sum(operand.traffic for operand in operands)
 
     def _moved_by_fusion(self, fusion: Instruction, operands: list[tuple[Buffer, ...]]) -> int:
-        inside = self.computations[fusion.attribute("calls")]
-        users = defaultdict(list)
-        for instruction in inside.values():
-            for operand in instruction.operands:
-                users[operand].append(instruction)
-
-        def uses(name: str) -> list[tuple[Instruction, str]]:
-            """Who reads a value, through bitcasts."""
-            found = []
-            for user in users[name]:
-                found += uses(user.name) if user.opcode == "bitcast" else [(user, name)]
-            return found
-
+        computation = fusion.attribute("calls")
+        inside = self.computations[computation]
         total, updated = 0, set()
         for instruction in inside.values():
             if instruction.opcode == "dynamic-update-slice":
@@ -172,17 +161,49 @@ class Program:
         for output in fusion.outputs:
             if not (updated and output.elements in {math.prod(dims) for dims in updated}):
                 total += output.traffic
-        parameters = [i for i in inside.values() if i.opcode == "parameter"]
-        for parameter in parameters:
+        for parameter in (i for i in inside.values() if i.opcode == "parameter"):
             buffers = operands[int(parameter.attributes)]
-            readers = uses(parameter.name)
-            if readers and all(user.opcode in ("dynamic-slice", "slice") for user, _ in readers):
-                total += sum(user.outputs[0].bytes for user, _ in readers) * buffers[0].main
-            elif any(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user, name in readers):
-                pass  # in place
-            else:
-                total += sum(buffer.traffic for buffer in buffers)
+            part = self._read_in_parts(computation, parameter.name)
+            total += sum(buffer.traffic for buffer in buffers) if part is None else part * buffers[0].main
         return total
+
+    def _read_in_parts(self, computation: str, name: str) -> int | None:
+        """Bytes that a fused computation reads of a value by slices, in fusions within it too, or updates in place;
+        None if it reads all of it."""
+        total, readers = 0, self._readers(computation, name)
+        if any(user.opcode == "dynamic-update-slice" and user.operands[0] == known for user, known in readers):
+            return 0
+        for user, known in readers:
+            if user.opcode in ("dynamic-slice", "slice") and user.operands[0] == known:
+                total += user.outputs[0].bytes
+                continue
+            if user.opcode != "fusion":
+                return None
+            within = self.computations[user.attribute("calls")].values()
+            parameters = {int(i.attributes): i.name for i in within if i.opcode == "parameter"}
+            for place in (place for place, operand in enumerate(user.operands) if operand == known):
+                part = self._read_in_parts(user.attribute("calls"), parameters[place])
+                if part is None:
+                    return None
+                total += part
+        return total if readers else None
+
+    def _readers(self, computation: str, name: str) -> list[tuple[Instruction, str]]:
+        """Who reads a value, through bitcasts, and under which name."""
+        found = []
+        for user in self._users[computation][name]:
+            found += self._readers(computation, user.name) if user.opcode == "bitcast" else [(user, name)]
+        return found
+
+    @cached_property
+    def _users(self) -> dict[str, dict[str, list[Instruction]]]:
+        """Who reads a value directly, by computation and name."""
+        users = {computation: defaultdict(list) for computation in self.computations}
+        for computation, inside in self.computations.items():
+            for instruction in inside.values():
+                for operand in instruction.operands:
+                    users[computation][operand].append(instruction)
+        return users
 
     @cached_property
     def flops(self) -> int:

@@ -73,6 +73,7 @@ def prepare(topology: str) -> tuple[str, str]:
         return chip, "gpu"
     # libtpu looks for the machine that it is on, and complains about each thing that it does not find.
     os.environ |= {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is held that two could want
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",

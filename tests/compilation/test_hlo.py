@@ -63,6 +63,38 @@ def test_a_slice_of_a_stack_is_all_that_a_loop_reads_of_it():
     assert stack < program.traffic < 6 * stack  # reading all of it each time would be 64
 
 
+def test_a_slice_in_a_fusion_in_a_fusion_is_all_that_is_read():
+    """So TPUs read a block's weights: this is what their compiler writes."""
+    program = Program(
+        """HloModule stack
+
+%slice.1 (p0: bf16[12,8,16], p1: s32[]) -> bf16[8,16] {
+  %p0 = bf16[12,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,8,16]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = bf16[8,16]{1,0} bitcast(%one)
+}
+
+%product.1 (q0: bf16[4,8], q1: bf16[12,8,16], q2: s32[]) -> bf16[4,16] {
+  %q0 = bf16[4,8]{1,0} parameter(0)
+  %q1 = bf16[12,8,16]{2,1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %w = bf16[8,16]{1,0} fusion(%q1, %q2), kind=kLoop, calls=%slice.1
+  ROOT %y = bf16[4,16]{1,0} dot(%q0, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[4,8], stack: bf16[12,8,16], i: s32[]) -> bf16[4,16] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %stack = bf16[12,8,16]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %out = bf16[4,16]{1,0} fusion(%x, %stack, %i), kind=kOutput, calls=%product.1
+}
+"""
+    )
+    assert program.traffic == 2 * (4 * 8 + 8 * 16 + 4 * 16) + 4
+
+
 def test_what_devices_send_is_what_ring_algorithms_send():
     mesh = make_mesh({"data": 8})
     rows = NamedSharding(mesh, P("data"))

@@ -168,7 +168,9 @@ def test_the_keys_draw_the_noise_they_promise(toy, keys):
     noise = [[jax.random.normal(jax.random.fold_in(key, i), (4, 4, 4)) for key in keys] for i in range(10)]
     noise = np.array(noise)
     by_keys = ddpm_sample(diffusion, toy(diffusion), x_T, keys)
-    np.testing.assert_allclose(by_keys, ddpm_sample(diffusion, toy(diffusion), x_T, None, noise=noise), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        by_keys, ddpm_sample(diffusion, toy(diffusion), x_T, None, noise=noise), rtol=1e-6, atol=1e-6
+    )
     raw = ddpm_sample(diffusion, toy(diffusion), x_T, jax.random.key_data(keys))
     np.testing.assert_array_equal(by_keys, raw)
     assert np.abs(noise - x_T).min(axis=(1, 2, 3, 4)).max() > 0 and not (noise == np.asarray(x_T)).any()
