@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, best_kernel
 from dit_jax.errors import InputError
 from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
 from dit_jax.models.dit import abstract_dit
@@ -27,7 +27,8 @@ def resolve(config: ConfigDict, platform: str) -> None:
     if config.model.dtype == "auto":
         config.model.dtype = "float32" if cpu else "bfloat16"
     if config.model.attention_kernel == "auto":
-        config.model.attention_kernel = {"cpu": "xla", "gpu": "cudnn", "tpu": "flash"}[platform]
+        tokens = (config.model.input_size // config.model.patch_size) ** 2
+        config.model.attention_kernel = best_kernel(platform, tokens)
 
 
 def lower(what: str, config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:

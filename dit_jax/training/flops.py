@@ -8,7 +8,7 @@ def forward_macs(config: DiTConfig) -> int:
 
     The paper's "Gflops" are these, in units of 1e9.
     """
-    N, D = (config.input_size // config.patch_size) ** 2, config.hidden_size
+    N, D = config.tokens, config.hidden_size
     mlp = config.mlp_width
     tokens = 3 * D * D + D * D + 2 * D * mlp  # qkv, proj, fc1 and fc2, for each token
     attention = 2 * N * N * D  # scores and their product with the values
