@@ -96,7 +96,7 @@ def minimum_sent(config: ConfigDict, mesh: Mesh) -> dict[str, float]:
         else:
             size = jnp.dtype(model.compute_dtype).itemsize if name.startswith("blocks/") else 4
             gathered += size * leaf.size / tensor
-    tokens = (model.input_size // model.patch_size) ** 2 * config.batch_size / (data * fsdp)
+    tokens = model.tokens * config.batch_size / (data * fsdp)
     activations = tokens * model.hidden_size * jnp.dtype(model.compute_dtype).itemsize
     return {
         "all-gather": 2 * gathered * (fsdp - 1) / fsdp,
