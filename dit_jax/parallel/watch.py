@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -163,10 +164,12 @@ def one_line(error: BaseException) -> str:
 
 
 def _is_jax_error(error: BaseException | None) -> bool:
+    """Whether JAX's runtime is at its root. A collective that fails as it is dispatched is a ValueError, which begins
+    with the runtime's status as all its errors do: `UNKNOWN: Gloo AllGather failed: ... Connection reset by peer`."""
     import jax
 
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z_]{5,}: ", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

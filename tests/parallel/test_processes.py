@@ -9,6 +9,7 @@ from absl import flags
 
 from dit_jax.errors import InputError
 from dit_jax.parallel import processes
+from dit_jax.parallel.watch import _is_jax_error
 
 LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "MPI_", "CUDA_VISIBLE_DEVICES", "TPU_", "JAX_PLATFORMS")
 
@@ -134,3 +135,12 @@ def test_with_one_process_a_second_signal_acts_as_ever():
 def test_every_command_shows_the_flags(command):
     shown = subprocess.run([sys.executable, "-m", f"dit_jax.{command}", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "--coordinator" in shown.stdout and "--process_id" in shown.stdout
+
+
+def test_a_collective_that_fails_as_it_is_dispatched_is_an_error_of_the_runtime():
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer")
+    try:
+        raise RuntimeError("the checkpoint was not saved") from lost
+    except RuntimeError as error:
+        assert _is_jax_error(error)
+    assert not _is_jax_error(ValueError("a folder is missing"))
