@@ -43,7 +43,7 @@ class InceptionV3(nnx.Module):
         self.Mixed_7a = InceptionD(768)
         self.Mixed_7b = InceptionE(1280, average_pool)
         self.Mixed_7c = InceptionE(2048, max_pool)
-        self.fc = Classifier(2048, 1008)
+        self.fc = FullyConnected(2048, 1008)
 
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         """images: (B, H, W, 3) uint8 -> float32 pool (B, 2048), spatial (B, 2023) and logits_unbiased (B, 1008).
@@ -145,7 +145,7 @@ class BatchNorm(nnx.Module):
         return (x - self.mean[...]) * (jax.lax.rsqrt(self.var[...] + 1e-3) * self.scale[...]) + self.bias[...]
 
 
-class Classifier(nnx.Module):
+class FullyConnected(nnx.Module):
     def __init__(self, features: int, classes: int):
         self.kernel = nnx.Param(jnp.zeros((features, classes)))
         self.bias = nnx.Param(jnp.zeros(classes))
