@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from dit_jax.evaluation.classifier import write_classifier
 from dit_jax.files import read_npz
+from dit_jax.models.classifier import Classifier, ClassifierConfig
 
 SMALL = [
     "--config=configs/digits.py",
@@ -182,3 +185,20 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path):
         pictures.append(read_npz(tmp_path / f"{count}.npz", ("arr_0",))["arr_0"].astype(int))
     assert pictures[0].shape == (150, 8, 8, 1)
     assert np.abs(pictures[1] - pictures[0]).max() <= 1 and (pictures[1] != pictures[0]).mean() <= 1e-4
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    config = ClassifierConfig(image_size=8, channels=1, num_classes=10, width=4, features=3)
+    params = nnx.to_pure_dict(nnx.state(Classifier(config, rngs=nnx.Rngs(0)), nnx.Param))
+    write_classifier(tmp_path / "classifier.safetensors", config, params, {})
+    rng, args = np.random.default_rng(0), [f"--features=classifier:{tmp_path / 'classifier.safetensors'}", "--batch=16"]
+    for name, count in (("samples", 50), ("reference", 39)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8))
+        args.append(f"--{name}={tmp_path / name}.npz")
+    figures = []
+    for count in (1, 2):
+        report = tmp_path / f"{count}.json"
+        printed = Pod(tmp_path / f"evaluate{count}", count, 2, "dit_jax.evaluate", *args, f"--json={report}").succeeds()
+        assert printed.count("wrote") == 1
+        figures.append(json.loads(report.read_text())["metrics"])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5) and len(figures[0]) == 4
