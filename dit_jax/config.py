@@ -1,7 +1,8 @@
 """Every setting once, with its meaning and unit: the network's (`DiTConfig`) and a training run's (`base_config`)."""
 
 import dataclasses
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,49 @@ from dit_jax.errors import InputError
 # depth, width, heads (Peebles & Xie 2023, table 1); the number after the slash is the patch size
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESETS = tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8))
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "attention_kernel": ("auto", "xla", "cudnn", "flash"),
+    "remat": ("none", "full", "dots"),
+    "head_gate": ("none", "token", "condition"),
+    "block": ("adaLN-Zero", "adaLN", "cross-attention", "in-context"),
+}
+# Fields of networks that are not the paper's adaLN-Zero DiT.
+BEYOND_DIT = ("attention", "head_gate", "head_dim", "qk_norm", "rope", "block", "context_features", "context_tokens")
+
+
+class AttentionKind(NamedTuple):
+    """Who attends to whom in one block."""
+
+    name: str
+    """global: every patch to every patch. window: squares of size x size patches, each to itself; in every other block
+    of consecutive ones they are moved by half their size, and cut at the borders. neighbourhood: each patch to the
+    size x size around it, which stay within the image. mixed: even heads to their window, odd ones to all."""
+    size: int = 0
+    """Patches; 0 for global."""
+
+
+def attention_layers(schedule: str, depth: int) -> tuple[AttentionKind, ...]:
+    """The kind of each block's attention; `schedule` is written as `DiTConfig.attention` says.
+
+    Raises InputError if it is not, or is not for `depth` blocks.
+    """
+    form = re.compile(r"(?:(global)|(window|neighbourhood|mixed):([1-9]\d*))(?:\*([1-9]\d*))?")
+    parts = [form.fullmatch(part.strip()) for part in schedule.split(",")]
+    if not all(parts):
+        raise InputError(
+            f"attention={schedule!r}: expected global, window:SIZE, neighbourhood:SIZE or mixed:SIZE, with *BLOCKS "
+            "after it, and commas between"
+        )
+    counts = [int(part[4] or 0) for part in parts]
+    rest = depth - sum(counts)
+    if counts.count(0) > 1 or (counts.count(0) == 1) != (rest > 0):
+        raise InputError(
+            f"attention={schedule!r} names {sum(counts)} blocks and there are {depth}: one part, and one only, may "
+            "leave out its number and takes the rest"
+        )
+    kinds = (AttentionKind(part[1] or part[2], int(part[3] or 0)) for part in parts)
+    return tuple(kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count or rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +89,24 @@ class DiTConfig:
     """The timestep's frequencies fall as i / (128 - this); diffusers computes with 1."""
     norm2_eps: float = 1e-6
     """Epsilon of the LayerNorm before the MLP; diffusers computes with 1e-5."""
+    attention: str = "global"
+    """Who attends to whom, block by block: KIND[:SIZE][*BLOCKS] with commas between, as window:4*8,mixed:4*8,global*12;
+    one part may leave out its number of blocks and takes the rest. Kinds: see `AttentionKind`."""
+    head_gate: str = "none"
+    """What opens and shuts each head before the output projection: none, token (its query's), or condition."""
+    head_dim: int = 0
+    """Width of a head; 0 is hidden_size / num_heads. Others are those of models whose heads were cut out."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, head by head, by their root mean square."""
+    rope: bool = False
+    """Whether queries and keys are rotated by their row and column, beside the fixed positions."""
+    block: str = "adaLN-Zero"
+    """How the condition enters a block: adaLN-Zero, adaLN (no gates), cross-attention or in-context (Peebles & Xie
+    2023, fig. 3)."""
+    context_features: int = 0
+    """Width of the tokens of a sequence that blocks attend to (text, audio, ...); 0 for none."""
+    context_tokens: int = 0
+    """Tokens of that sequence, at most; 0 for none."""
     dtype: str = "auto"
     """Of matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU)."""
     attention_kernel: str = "auto"
@@ -60,18 +122,31 @@ class DiTConfig:
                 raise InputError(f"{count}={getattr(self, count)}: expected at least 1")
         if self.input_size % self.patch_size:
             raise InputError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+        if self.hidden_size % 4 or (self.hidden_size % self.num_heads and not self.head_dim):
             raise InputError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads} and of 4"
             )
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                *others, last = choices
+                raise InputError(f"{field}={getattr(self, field)!r}: expected {', '.join(others)} or {last}")
+        if min(self.context_features, self.context_tokens, self.head_dim) < 0:
+            raise InputError("context_features, context_tokens and head_dim are 0 or positive")
+        if bool(self.context_features) != bool(self.context_tokens):
+            raise InputError("a context has both a length and a width: set context_tokens and context_features")
+        if self.rope and self.head_width % 4:
+            raise InputError(f"rope=True rotates quarters of a head: its width, {self.head_width}, is no multiple of 4")
+        kinds = attention_layers(self.attention, self.depth)
+        if widest := max((kind.size for kind in kinds if kind.size > self.side), default=0):
+            raise InputError(f"attention={self.attention!r}: {widest} patches are wider than the image's {self.side}")
+        if any(kind.name == "mixed" for kind in kinds) and self.num_heads % 2:
+            raise InputError(f"attention={self.attention!r}: half of num_heads={self.num_heads} heads are mixed in")
+        if self.block == "in-context" and (self.rope or any(kind.name != "global" for kind in kinds)):
+            raise InputError(
+                "block='in-context' adds tokens without a place: only global attention without rope takes it"
+            )
         if not 0 <= self.class_dropout_prob <= 1:
             raise InputError(f"class_dropout_prob={self.class_dropout_prob}: expected a probability")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
-        if self.attention_kernel not in ("auto", "xla", "cudnn", "flash"):
-            raise InputError(f"attention_kernel={self.attention_kernel!r}: expected auto, xla, cudnn or flash")
-        if self.remat not in ("none", "full", "dots"):
-            raise InputError(f"remat={self.remat!r}: expected none, full or dots")
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "DiTConfig":
@@ -89,9 +164,19 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def side(self) -> int:
+        """Patches in a row, and in a column."""
+        return self.input_size // self.patch_size
+
+    @property
     def tokens(self) -> int:
         """Patches of an image."""
-        return (self.input_size // self.patch_size) ** 2
+        return self.side**2
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def mlp_width(self) -> int:
@@ -141,6 +226,7 @@ def base_config() -> ConfigDict:
     c.batch_size = 256  # images a step, over all devices
     c.accumulate = 1  # parts that a batch is split into, one after the other, to save memory
     c.ema_decay = 0.9999  # of the averaged weights, which start as a copy
+    c.head_gate_penalty = 0.0  # times the mean of the heads' gates, added to the loss to shut those of little use
     c.init_from = ""  # weights to start from, of any kind that `load_dit` reads; "" starts from noise
     c.model = ConfigDict(dataclasses.asdict(DiTConfig()))
 

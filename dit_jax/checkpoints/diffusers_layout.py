@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_jax.checkpoints.record import Record
 from dit_jax.checkpoints.tensor_files import read_tensors, write_tensors
-from dit_jax.config import DiTConfig
+from dit_jax.config import BEYOND_DIT, DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.files import read_json, replacing_folder, write_json
 
@@ -154,10 +154,13 @@ def transformer_config(config: DiTConfig) -> dict[str, Any]:
     """The `config.json` of a DiT. Raises InputError for one that diffusers has no setting for."""
     if config.mlp_width != 4 * config.hidden_size:
         raise InputError(f"mlp_ratio={config.mlp_ratio}: diffusers has 4 built in")
+    if beyond := [name for name in BEYOND_DIT if getattr(config, name) != getattr(DiTConfig, name)]:
+        told = ", ".join(f"{name}={getattr(config, name)!r}" for name in beyond)
+        raise InputError(f"{told}: diffusers has no such DiT; write .safetensors instead")
     return FIXED | {
         "_class_name": CLASS_NAMES[0],
         "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.hidden_size // config.num_heads,
+        "attention_head_dim": config.head_width,
         "attention_bias": True,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,

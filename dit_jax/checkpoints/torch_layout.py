@@ -87,6 +87,9 @@ def from_leaves(config: DiTConfig, leaves: Iterable[Leaf]) -> dict[str, np.ndarr
 def table(config: DiTConfig) -> list[Entry]:
     """Every tensor of the state dict but `pos_embed`, in the order of the PyTorch parameters."""
     p, C = config.patch_size, config.in_channels
+    adaptive = config.block in ("adaLN-Zero", "adaLN")
+    crossed = config.context_features or config.block == "cross-attention"
+    norms = [*_norm("blocks.{i}.norm1", "blocks/norm1"), *_norm("blocks.{i}.norm2", "blocks/norm2")]
     return [
         Entry(
             "x_embedder.proj.weight",
@@ -95,16 +98,23 @@ def table(config: DiTConfig) -> list[Entry]:
             lambda theirs: theirs.transpose(2, 3, 1, 0).reshape(p * p * C, -1),
         ),
         _same("x_embedder.proj.bias", "x_embedder/proj/bias"),
-        *_linear("t_embedder.mlp.0", "t_embedder/mlp/fc1"),
-        *_linear("t_embedder.mlp.2", "t_embedder/mlp/fc2"),
+        *_mlp("t_embedder.mlp", "t_embedder/mlp"),
         _same("y_embedder.embedding_table.weight", "y_embedder/embedding_table"),
-        *_qkv("blocks.{i}.attn.qkv", "blocks/attn/qkv", config.num_heads),
+        *(_mlp("context_embedder.mlp", "context_embedder/mlp") if config.context_features else []),
+        *_by_head("blocks.{i}.attn.qkv", "blocks/attn/qkv", 3, config.num_heads),
+        *(_rms_norms() if config.qk_norm else []),
+        *(_linear("blocks.{i}.attn.gate", "blocks/attn/gate/linear") if config.head_gate != "none" else []),
         *_linear("blocks.{i}.attn.proj", "blocks/attn/proj"),
+        *(_cross_attention(config.num_heads) if crossed else []),
         *_linear("blocks.{i}.mlp.fc1", "blocks/mlp/fc1"),
         *_linear("blocks.{i}.mlp.fc2", "blocks/mlp/fc2"),
-        *_linear("blocks.{i}.adaLN_modulation.1", "blocks/adaLN_modulation/linear"),
+        *(_linear("blocks.{i}.adaLN_modulation.1", "blocks/adaLN_modulation/linear") if adaptive else norms),
         *_linear("final_layer.linear", "final_layer/linear"),
-        *_linear("final_layer.adaLN_modulation.1", "final_layer/adaLN_modulation/linear"),
+        *(
+            _linear("final_layer.adaLN_modulation.1", "final_layer/adaLN_modulation/linear")
+            if adaptive
+            else _norm("final_layer.norm_final", "final_layer/norm")
+        ),
     ]
 
 
@@ -114,15 +124,34 @@ def _linear(name: str, path: str) -> list[Entry]:
     return [weight, _same(f"{name}.bias", f"{path}/bias")]
 
 
-def _qkv(name: str, path: str, heads: int) -> list[Entry]:
+def _mlp(name: str, path: str) -> list[Entry]:
+    """torch.nn.Sequential numbers the linear layers around an activation 0 and 2."""
+    return [*_linear(f"{name}.0", f"{path}/fc1"), *_linear(f"{name}.2", f"{path}/fc2")]
+
+
+def _norm(name: str, path: str) -> list[Entry]:
+    return [_same(f"{name}.weight", f"{path}/weight"), _same(f"{name}.bias", f"{path}/bias")]
+
+
+def _rms_norms() -> list[Entry]:
+    return [_same(f"blocks.{{i}}.attn.{name}.weight", f"blocks/attn/{name}/weight") for name in ("q_norm", "k_norm")]
+
+
+def _cross_attention(heads: int) -> list[Entry]:
+    name, path = "blocks.{i}.cross_attn", "blocks/cross_attn"
+    kv = _by_head(f"{name}.kv", f"{path}/kv", 2, heads)
+    return [*_linear(f"{name}.q", f"{path}/q"), *kv, *_linear(f"{name}.proj", f"{path}/proj")]
+
+
+def _by_head(name: str, path: str, parts: int, heads: int) -> list[Entry]:
     """PyTorch's rows are [q; k; v], each by head; our columns are by head, each [q, k, v]."""
 
     def to_torch(ours: np.ndarray) -> np.ndarray:
-        by_head = ours.T.reshape(heads, 3, -1, *ours.shape[:-1])
+        by_head = ours.T.reshape(heads, parts, -1, *ours.shape[:-1])
         return by_head.swapaxes(0, 1).reshape(ours.T.shape)
 
     def from_torch(theirs: np.ndarray) -> np.ndarray:
-        by_part = theirs.reshape(3, heads, -1, *theirs.shape[1:])
+        by_part = theirs.reshape(parts, heads, -1, *theirs.shape[1:])
         return by_part.swapaxes(0, 1).reshape(theirs.shape).T
 
     return [

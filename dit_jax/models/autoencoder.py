@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.errors import InputError
-from dit_jax.models.attention import dot_product_attention
+from dit_jax.models.kernels import dot_product_attention
 from dit_jax.models.layers import Linear
 
 lecun_uniform = nnx.initializers.lecun_uniform()

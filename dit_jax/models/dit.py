@@ -1,18 +1,32 @@
 """Diffusion Transformers (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.config import DiTConfig
+from dit_jax.config import AttentionKind, DiTConfig, attention_layers
 from dit_jax.errors import InputError
-from dit_jax.models.attention import SelfAttention
-from dit_jax.models.layers import Linear, Mlp, Modulation, gelu_tanh, modulated_norm, normal_002, zeros
+from dit_jax.models.attention import CrossAttention, SelfAttention
+from dit_jax.models.kernels import KERNELS
+from dit_jax.models.layers import (
+    LearnedNorm,
+    Linear,
+    Mlp,
+    Modulation,
+    gelu_tanh,
+    modulated_norm,
+    normal_002,
+    plain_norm,
+    zeros,
+)
+from dit_jax.models.local_attention import Attend, make_attend
 from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
@@ -21,12 +35,24 @@ REMAT_POLICIES = {
 }
 
 
+class Conditions(NamedTuple):
+    """What drives the blocks, the same for all of them."""
+
+    c: jax.Array
+    """(B, D) float32: timestep and label in one vector."""
+    context: jax.Array | None
+    """(B, L, D) tokens that blocks with cross-attention look at."""
+    mask: jax.Array | None
+    """(B, L) bool: which of them there are."""
+
+
 class DiT(nnx.Module):
     """The network: patches of a noised image, a timestep and a label -> the noise and, if learned, its variance.
 
     Module names are those of the PyTorch state dict. The parameters of the blocks are stacked on a leading depth
-    axis and run by one scan. Parameters are float32; matrix products run in `config.compute_dtype`; normalisation,
-    softmax, timestep embedding and modulation in float32. The output is exactly 0 at initialisation.
+    axis and run by one scan, or one for each kind of attention. Parameters are float32; matrix products run in
+    `config.compute_dtype`; normalisation, softmax, timestep embedding and modulation in float32. The output is exactly
+    0 at initialisation.
     """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
@@ -34,41 +60,131 @@ class DiT(nnx.Module):
         self.x_embedder = PatchEmbed(config, rngs=rngs)
         self.t_embedder = TimestepEmbedder(config, rngs=rngs)
         self.y_embedder = LabelEmbedder(config, rngs=rngs)
+        self.context_embedder = ContextEmbedder(config, rngs=rngs) if config.context_features else None
         self.blocks = nnx.vmap(lambda rngs: DiTBlock(config, rngs=rngs))(rngs.split(config.depth))
         self.final_layer = FinalLayer(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+    ) -> jax.Array:
         """One forward pass, deterministic.
 
         Args:
             x: (B, H, W, C) noised pixels or latents.
             t: (B,) timesteps in the units of training, 0..999, also when sampling with fewer steps.
             y: (B,) labels in [0, num_classes), or num_classes for the null class.
+            context: (B, L, context_features) condition tokens, for a model that takes them; None is as good as none.
+            context_mask: (B, L) bool, True where there is a token; None where all are.
 
         Returns:
             (B, H, W, C) the predicted noise, or (B, H, W, 2C) with the variance's channels after it; float32.
 
-        Raises InputError for an x of another size or number of channels than the config's.
+        Raises InputError for an x or a context of another size or number of channels than the config's.
         """
-        size, channels = self.config.input_size, self.config.in_channels
-        if x.shape[1:] != (size, size, channels):
-            raise InputError(f"x has shape {x.shape}; this DiT expects (batch, {size}, {size}, {channels})")
-        x_embedder, t_embedder, y_embedder = gather_parameters((self.x_embedder, self.t_embedder, self.y_embedder))
-        c = shard_batch(t_embedder(t) + y_embedder(y))
+        return self.with_gates(x, t, y, context, context_mask)[0]
+
+    def with_gates(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The same, and how far each head was open, the mean of its tokens: (depth, B, H), or None without gates."""
+        tokens, conditions = self.embed(x, t, y, context, context_mask)
+        stacked, gates = (self.blocks_in(tokens.dtype), self.modulations(conditions.c)), []
+        for run in runs(self.config):
+            tokens, opened = self.run_blocks(run, tokens, run.part_of(stacked), conditions)
+            gates.append(opened)
+        return self.read_out(tokens, conditions.c), None if opened is None else jnp.concatenate(gates)
+
+    def embed(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, context: jax.Array | None, context_mask: jax.Array | None
+    ) -> tuple[jax.Array, Conditions]:
+        """What the first block is given: (B, N, D) tokens, and the conditions; arguments are those of the network."""
+        config, (B, size) = self.config, (len(x), self.config.input_size)
+        if x.shape[1:] != (size, size, config.in_channels):
+            raise InputError(f"x has shape {x.shape}; this DiT expects (batch, {size}, {size}, {config.in_channels})")
+        if context is not None and context.shape[::2] != (B, config.context_features):
+            raise InputError(
+                f"context has shape {context.shape}; this DiT expects ({B}, tokens, {config.context_features})"
+                if config.context_features
+                else "this DiT takes no context: config.model.context_features is 0"
+            )
+        embedders = (self.x_embedder, self.t_embedder, self.y_embedder, self.context_embedder)
+        x_embedder, t_embedder, y_embedder, context_embedder = gather_parameters(embedders)
+        t_and_y = t_embedder(t), y_embedder(y)
+        c = shard_batch(t_and_y[0] + t_and_y[1])
         tokens = shard_batch(x_embedder(x))
+        seen = []  # (tokens, mask)
+        if context_embedder is not None:
+            if context is None:
+                context, context_mask = jnp.zeros((B, 1, config.context_features)), jnp.zeros((B, 1), bool)
+            if context_mask is None:
+                context_mask = jnp.ones(context.shape[:2], bool)
+            seen.append((context_embedder(context), context_mask))
+        if config.block == "cross-attention":
+            seen.append((jnp.stack(t_and_y, axis=1), jnp.ones((B, 2), bool)))
+        if config.block == "in-context":
+            tokens = jnp.concatenate([tokens, *(e[:, None].astype(tokens.dtype) for e in t_and_y)], axis=1)
+        if not seen:
+            return tokens, Conditions(c, None, None)
+        context, mask = (shard_batch(jnp.concatenate(parts, axis=1)) for parts in zip(*seen, strict=True))
+        return tokens, Conditions(c, context.astype(tokens.dtype), mask)
+
+    def blocks_in(self, dtype: jnp.dtype) -> "DiTBlock":
+        """The stacked blocks with their parameters in the dtype that they compute in."""
+        return jax.tree.map(lambda parameter: parameter.astype(dtype), self.blocks)
+
+    def modulations(self, c: jax.Array) -> tuple[jax.Array, ...]:
+        """c: (B, D) -> what `DiTBlock.modulation` makes of it for each block, stacked on the depth axis."""
         # The condition once for each block: without it XLA's CPU compiler transposes all weights of the product.
         conditions = jnp.broadcast_to(c, (self.config.depth, *c.shape))
-        modulations = jax.vmap(lambda block, c: block.adaLN_modulation(c))(self.blocks, conditions)
-        blocks = jax.tree.map(lambda parameter: parameter.astype(tokens.dtype), self.blocks)
+        return jax.vmap(lambda block, c: block.modulation(c))(self.blocks, conditions)
 
-        def layer(tokens, block_and_modulation):
-            block, modulation = block_and_modulation
-            return shard_batch(gather_parameters(block)(tokens, modulation)), None
+    def run_blocks(
+        self, run: "Run", tokens: jax.Array, stacked: tuple["DiTBlock", tuple[jax.Array, ...]], conditions: Conditions
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """tokens: (B, N, D), stacked: the blocks of the run and their modulations -> (B, N, D), and the gates
+        (blocks, B, H) as in `with_gates`, by one scan."""
+        config = self.config
 
-        if self.config.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        tokens, _ = jax.lax.scan(layer, tokens, (blocks, modulations), unroll=self.config.unroll)
-        return unpatchify(gather_parameters(self.final_layer)(tokens, c), self.config.patch_size)
+        def make_layer(kind: AttentionKind, shifted: bool):
+            attend = make_attend(kind, shifted, KERNELS[config.kernel])
+
+            def layer(tokens, block_and_modulation):
+                block, modulation = block_and_modulation
+                tokens, gates = gather_parameters(block)(tokens, modulation, conditions, attend)
+                return shard_batch(tokens), gates
+
+            if config.remat == "none":
+                return layer
+            return jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+
+        layers = [make_layer(kind, shifted) for kind, shifted in run.kinds]
+
+        def iteration(tokens, stacked):
+            if len(layers) == 1:
+                return layers[0](tokens, stacked)
+            gates = []
+            for i, layer in enumerate(layers):
+                tokens, opened = layer(tokens, jax.tree.map(lambda leaf: leaf[i], stacked))  # noqa: B023
+                gates.append(opened)
+            return tokens, None if opened is None else jnp.stack(gates)
+
+        tokens, gates = jax.lax.scan(iteration, tokens, stacked, unroll=max(1, config.unroll // len(layers)))
+        return tokens, gates if len(layers) == 1 or gates is None else gates.reshape(-1, *gates.shape[2:])
+
+    def read_out(self, tokens: jax.Array, c: jax.Array) -> jax.Array:
+        """(B, N, D) tokens of the last block and (B, D) condition -> (B, H, W, C_out)."""
+        patches = gather_parameters(self.final_layer)(tokens[:, : self.config.tokens], c)
+        return unpatchify(patches, self.config.patch_size)
 
     @classmethod
     def from_state_dict(cls, config: DiTConfig, state_dict: Mapping[str, np.ndarray]) -> "DiT":
@@ -91,35 +207,102 @@ def abstract_dit(config: DiTConfig) -> tuple[nnx.GraphDef, dict]:
     return graph, nnx.to_pure_dict(params)
 
 
+class Run(NamedTuple):
+    """Consecutive blocks that one scan runs."""
+
+    kinds: tuple[tuple[AttentionKind, bool], ...]
+    """The attention of the blocks of one iteration, and whether its windows are shifted."""
+    first: int
+    repeats: int
+    whole: bool
+    """Whether these are all the blocks of the network."""
+
+    def part_of(self, stacked):
+        """The leaves of these blocks, with an axis for the blocks of one iteration if they are several."""
+        period = len(self.kinds)
+        last = self.first + self.repeats * period
+        part = stacked if self.whole else jax.tree.map(lambda leaf: leaf[self.first : last], stacked)
+        if period == 1:
+            return part
+        return jax.tree.map(lambda leaf: leaf.reshape(self.repeats, period, *leaf.shape[1:]), part)
+
+
+def runs(config: DiTConfig) -> Iterator[Run]:
+    """The blocks of a network by their attention: windows come as pairs of one in place and one shifted."""
+    first = 0
+    for kind, blocks in groupby(attention_layers(config.attention, config.depth)):
+        count = len(list(blocks))
+        pair = ((kind, False), (kind, True)) if kind.name in ("window", "mixed") else ((kind, False),)
+        repeats, odd = divmod(count, len(pair))
+        for kinds, times in ((pair, repeats), (pair[:1], odd)):
+            if times:
+                yield Run(kinds, first, times, times * len(kinds) == config.depth)
+                first += times * len(kinds)
+
+
 class DiTBlock(nnx.Module):
-    """Transformer block driven by its condition through adaLN-Zero (Peebles & Xie 2023, fig. 3)."""
+    """Transformer block driven by its condition: adaLN-Zero, or another design of Peebles & Xie 2023, fig. 3."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.attn = SelfAttention(config, rngs=rngs)
         width = config.hidden_size
         self.mlp = Mlp(width, config.mlp_width, width, activation=gelu_tanh, dtype=config.compute_dtype, rngs=rngs)
-        self.adaLN_modulation = Modulation(config.hidden_size, chunks=6, rngs=rngs)
         self.norm2_eps = config.norm2_eps
+        chunks = {"adaLN-Zero": 6, "adaLN": 4}.get(config.block)
+        self.adaLN_modulation = Modulation(width, chunks, rngs=rngs) if chunks else None
+        self.norm1 = None if chunks else LearnedNorm(width, rngs=rngs)
+        self.norm2 = None if chunks else LearnedNorm(width, rngs=rngs)
+        crossed = config.context_features or config.block == "cross-attention"
+        self.cross_attn = CrossAttention(config, rngs=rngs) if crossed else None
 
-    def __call__(self, x: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
-        """x: (B, N, D) tokens, modulation: what `adaLN_modulation` makes of the condition, six (B, 1, D) ->
-        (B, N, D) in the dtype of x."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = (x + gate_msa * self.attn(modulated_norm(x, shift_msa, scale_msa))).astype(x.dtype)
-        return (x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp, self.norm2_eps))).astype(x.dtype)
+    def modulation(self, c: jax.Array) -> tuple[jax.Array, ...]:
+        """c: (B, D) -> shift, scale and gate of attention and MLP, six arrays that go with (B, N, D); float32."""
+        adaptive = self.adaLN_modulation is not None
+        parts = self.adaLN_modulation(c) if adaptive else (*self.norm1(), *self.norm2())
+        if len(parts) == 6:
+            return parts
+        shift_msa, scale_msa, shift_mlp, scale_mlp = parts
+        open_gate = jnp.ones((1, 1, 1))
+        return shift_msa, scale_msa, open_gate, shift_mlp, scale_mlp, open_gate
+
+    def __call__(
+        self, x: jax.Array, modulation: tuple[jax.Array, ...], conditions: Conditions, attend: Attend
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x: (B, N, D) tokens, modulation: what `self.modulation` makes of the condition, attend: what computes
+        self-attention -> (B, N, D) in the dtype of x, and the mean gates of the heads (B, H), or None."""
+        attention, gates = self.attention(x, modulation, conditions.c, attend)
+        x = (x + modulation[2] * attention).astype(x.dtype)
+        if self.cross_attn is not None:
+            x = (x + self.cross_attn(plain_norm(x), conditions.context, conditions.mask)).astype(x.dtype)
+        x = (x + modulation[5] * self.feed_forward(x, modulation)).astype(x.dtype)
+        return x, None if gates is None else gates.mean(axis=1)
+
+    def attention(
+        self, x: jax.Array, modulation: tuple[jax.Array, ...], c: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What self-attention adds to x, before its adaLN gate: (B, N, D); and the gates of its heads."""
+        shift_msa, scale_msa, *_ = modulation
+        return self.attn(modulated_norm(x, shift_msa, scale_msa), c, attend)
+
+    def feed_forward(self, x: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
+        """What the MLP adds to x, before its gate: (B, N, D)."""
+        *_, shift_mlp, scale_mlp, _ = modulation
+        return self.mlp(modulated_norm(x, shift_mlp, scale_mlp, self.norm2_eps))
 
 
 class FinalLayer(nnx.Module):
     """Modulated LayerNorm and a linear map from tokens to the values of their patches."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.adaLN_modulation = Modulation(config.hidden_size, chunks=2, rngs=rngs)
+        adaptive = config.block in ("adaLN-Zero", "adaLN")
+        self.adaLN_modulation = Modulation(config.hidden_size, chunks=2, rngs=rngs) if adaptive else None
+        self.norm = None if adaptive else LearnedNorm(config.hidden_size, rngs=rngs)
         features = config.patch_size**2 * config.out_channels
         self.linear = Linear(config.hidden_size, features, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """x: (B, N, D), c: (B, D) -> (B, N, p * p * C_out) float32."""
-        shift, scale = self.adaLN_modulation(c)
+        shift, scale = self.norm() if self.adaLN_modulation is None else self.adaLN_modulation(c)
         return self.linear(modulated_norm(x, shift, scale))
 
 
@@ -187,6 +370,19 @@ class LabelEmbedder(nnx.Module):
         return self.embedding_table[...][y]
 
 
+class ContextEmbedder(nnx.Module):
+    """Condition tokens of any kind at the hidden width, each with its place in the sequence added."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        features, width = config.context_features, config.hidden_size
+        self.mlp = Mlp(features, width, width, activation=gelu_tanh, rngs=rngs)
+
+    def __call__(self, context: jax.Array) -> jax.Array:
+        """context: (B, L, context_features) -> (B, L, D) float32."""
+        tokens = self.mlp(context)
+        return tokens + sincos_table(tokens.shape[-1], tokens.shape[1]).astype(np.float32)
+
+
 @lru_cache
 def sincos_positions(hidden_size: int, side: int) -> np.ndarray:
     """Fixed 2-D positions of a square of side x side patches -> (side * side, hidden_size) float32.
@@ -194,9 +390,14 @@ def sincos_positions(hidden_size: int, side: int) -> np.ndarray:
     The first half of the channels encodes the column, the second the row; each is [sin, cos] over falling
     frequencies (Vaswani et al. 2017, sec. 3.5, in two dimensions). Computed in float64.
     """
-    quarter = hidden_size // 4
-    omega = 10000.0 ** -(np.arange(quarter) / quarter)
-    angles = np.arange(side)[:, None] * omega
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    axis = sincos_table(hidden_size // 2, side)
     columns, rows = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)
     return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+def sincos_table(features: int, length: int) -> np.ndarray:
+    """Fixed positions of a sequence: (length, features) float64, [sin, cos] over falling frequencies."""
+    half = features // 2
+    omega = 10000.0 ** -(np.arange(half) / half)
+    angles = np.arange(length)[:, None] * omega
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -64,6 +64,35 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float 
     return modulated(x, shift, scale)
 
 
+def plain_norm(x: jax.Array) -> jax.Array:
+    """x: (B, N, D) -> its LayerNorm without affine parameters, float32."""
+    zero = jnp.zeros((1, 1, x.shape[-1]))
+    return modulated_norm(x, zero, zero)
+
+
+class RMSNorm(nnx.Module):
+    """Division of the last axis by its root mean square, and a learned scale (Zhang & Sennrich 2019); float32."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jnp.ones(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: (..., features) -> the same, float32."""
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * self.weight[...]
+
+
+class LearnedNorm(nnx.Module):
+    """The affine parameters of a LayerNorm that no condition moves, in the place of a `Modulation`."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.bias, self.weight = nnx.Param(jnp.zeros(features)), nnx.Param(jnp.ones(features))
+
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Shift and scale, (1, 1, D) float32 each, as `modulated_norm` takes them."""
+        return self.bias[...][None, None], self.weight[...][None, None] - 1
+
+
 class Modulation(nnx.Module):
     """SiLU and Linear from the condition to `chunks` vectors of the hidden width, zero at initialisation."""
 

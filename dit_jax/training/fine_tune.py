@@ -44,7 +44,8 @@ def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> T
 def require_same_network(theirs: DiTConfig, ours: DiTConfig, origin: str) -> None:
     """Raise InputError, naming the fields, unless one's weights mean the same in the other."""
     fields = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "learn_sigma")
-    fields += ("downscale_freq_shift", "norm2_eps")
+    fields += ("downscale_freq_shift", "norm2_eps", "head_gate", "head_dim", "qk_norm", "rope", "block")
+    fields += ("context_features",)  # not `attention`: any schedule takes any weights
     differing = [
         f"{name}={getattr(theirs, name)} there, {getattr(ours, name)} here"
         for name in fields

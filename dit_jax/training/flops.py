@@ -1,22 +1,32 @@
 """Analytic cost of DiT."""
 
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, attention_layers
+from dit_jax.models.local_attention import scores_computed
 
 
 def forward_macs(config: DiTConfig) -> int:
     """Multiply-accumulates of one forward pass of one image: every matrix product, nothing else.
 
-    The paper's "Gflops" are these, in units of 1e9.
+    Windows and neighbourhoods count as they are computed, with what their masks hide. The paper's "Gflops" are these,
+    in units of 1e9.
     """
-    N, D = config.tokens, config.hidden_size
-    mlp = config.mlp_width
-    tokens = 3 * D * D + D * D + 2 * D * mlp  # qkv, proj, fc1 and fc2, for each token
-    attention = 2 * N * N * D  # scores and their product with the values
-    block = N * tokens + attention + 6 * D * D  # and adaLN, once for each image
-    patch_embed = N * config.patch_size**2 * config.in_channels * D
+    patches, D, heads = config.tokens, config.hidden_size, config.num_heads * config.head_width
+    patch_embed = patches * config.patch_size**2 * config.in_channels * D
     timestep_mlp = 256 * D + D * D
-    final_layer = 2 * D * D + N * D * config.patch_size**2 * config.out_channels
-    return patch_embed + timestep_mlp + config.depth * block + final_layer
+    context_mlp = config.context_tokens * (config.context_features + D) * D
+    modulation = {"adaLN-Zero": 6, "adaLN": 4}.get(config.block, 0) * D * D  # once for each image
+    final_layer = (2 * D * D if modulation else 0) + patches * D * config.patch_size**2 * config.out_channels
+
+    N = patches + (2 if config.block == "in-context" else 0)
+    block = N * (4 * D * heads + 2 * D * config.mlp_width)  # qkv, proj, fc1 and fc2, for each token
+    block += modulation + {"none": 0, "token": N, "condition": 1}[config.head_gate] * D * config.num_heads
+    if context := config.context_tokens + (2 if config.block == "cross-attention" else 0):
+        block += 2 * D * heads * (patches + context) + 2 * patches * context * heads  # q and proj, kv, and the scores
+    attention = sum(
+        2 * heads * (N * N if kind.name == "global" else scores_computed(kind, config.side))  # and times the values
+        for kind in attention_layers(config.attention, config.depth)
+    )
+    return patch_embed + timestep_mlp + context_mlp + config.depth * block + attention + final_layer
 
 
 def train_flops(config: DiTConfig) -> int:

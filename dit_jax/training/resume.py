@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dit_jax import __version__
 from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.parallel.processes import say
 from dit_jax.training.state import TrainState, abstract_state
@@ -73,7 +74,7 @@ def require_same_architecture(config: ConfigDict, saved: dict, folder: Path) -> 
     differing = [
         f"{name}={saved['model'].get(name)!r} there, {value!r} here"
         for name, value in config.model.items()
-        if name not in COMPUTATION and saved["model"].get(name) != value
+        if name not in COMPUTATION and saved["model"].get(name, getattr(DiTConfig, name)) != value
     ]
     if differing:
         raise InputError(

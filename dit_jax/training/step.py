@@ -42,8 +42,8 @@ def make_train_step(
 
     `prepare(frozen, key, x)` makes x0 (B, H, W, C) of what was read; by default that is x0 itself and nothing is
     frozen. The state is donated, and comes back as it lay on the mesh. All that is random depends on the seed and the
-    step number only, whatever the mesh. Metrics are scalars of this step: loss, mse, vb, grad_norm,
-    param_norm (before the update) and learning_rate.
+    step number only, whatever the mesh. Metrics are scalars of this step: loss (of the diffusion), mse, vb, grad_norm,
+    param_norm (before the update) and learning_rate; with gated heads also head_gates, how far they are open.
     """
     model_config, diffusion = DiTConfig(**config.model), GaussianDiffusion.create(**config.diffusion)
     update = make_update(config, diffusion)
@@ -78,10 +78,19 @@ def make_update(
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 
     def loss_fn(params: dict, examples: Examples) -> tuple[jax.Array, Metrics]:
-        model = nnx.merge(graph, params)
-        terms = diffusion.losses(lambda x, t: model(x, t, examples.y), examples.x, examples.t, examples.noise)
+        model, gates = nnx.merge(graph, params), None
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            nonlocal gates
+            out, gates = model.with_gates(x, t, examples.y)
+            return out
+
+        terms = diffusion.losses(denoise, examples.x, examples.t, examples.noise)
         terms = {name: values.mean() for name, values in terms.items()}
-        return terms["loss"], terms
+        if gates is None:
+            return terms["loss"], terms
+        terms["head_gates"] = gates.mean()
+        return terms["loss"] + config.head_gate_penalty * terms["head_gates"], terms
 
     def update(state: TrainState, examples: Examples) -> tuple[TrainState, Metrics]:
         grads, terms = accumulated(jax.grad(loss_fn, has_aux=True), state.params, examples, config.accumulate)

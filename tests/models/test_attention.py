@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_jax.errors import InputError
-from dit_jax.models.attention import xla_attention
+from dit_jax.models.kernels import xla_attention
 from dit_jax.models.flash import flash_attention
 from dit_jax.parallel.mesh import make_mesh
 

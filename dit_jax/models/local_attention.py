@@ -1,0 +1,136 @@
+"""Attention to a part of the image: windows (Liu et al. 2021, arXiv 2103.14030) and neighbourhoods (Hassani et al.
+2023, arXiv 2204.07143), computed block by block, so that the work falls with the size of the part."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.config import AttentionKind
+from dit_jax.models.kernels import dot_product_attention
+
+Attend = Callable[[jax.Array, int], jax.Array]
+"""(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
+
+
+def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Attend:
+    """What computes a kind of attention; `everywhere` is the kernel of global attention."""
+    if kind.name == "global":
+        return everywhere
+    if kind.name == "mixed":
+        window = partial(local_attention, kind=AttentionKind("window", kind.size), shifted=shifted)
+        return partial(mixed_attention, window=window, everywhere=everywhere)
+    return partial(local_attention, kind=kind, shifted=shifted)
+
+
+def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere: Attend) -> jax.Array:
+    """Even heads by `window`, odd ones by `everywhere`: a mesh that splits heads evenly splits both evenly."""
+    B, N, columns = qkv.shape
+    pairs = qkv.reshape(B, N, -1, 2, 3 * head_dim)
+    both = (attend(pairs[..., i, :].reshape(B, N, -1), head_dim) for i, attend in enumerate((window, everywhere)))
+    return jnp.stack([out.reshape(B, N, -1, head_dim) for out in both], axis=3).reshape(B, N, columns // 3)
+
+
+def local_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool) -> jax.Array:
+    """Windows or neighbourhoods of a square image: blocks of queries, each with the block of keys that it may need."""
+    B, N, columns = qkv.shape
+    side = math.isqrt(N)
+    image = qkv.reshape(B, side, side, -1, 3, head_dim)
+    cut_queries, join, cut_keys = _blocks(kind, side, shifted)
+    q, k, v = (
+        jnp.moveaxis(cut(image[..., part, :]), -3, -2) for part, cut in enumerate((cut_queries, cut_keys, cut_keys))
+    )
+    out = dot_product_attention(q, k, v, _block_mask(kind, side, shifted))  # (B, blocks, H, n, d)
+    return join(jnp.moveaxis(out, -3, -2)).reshape(B, N, columns // 3)
+
+
+@lru_cache
+def allowed(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray:
+    """(N, N) bool: whether the query (row) attends to the key (column), the tokens of the image row by row.
+
+    For "mixed" it is that of the heads with windows.
+    """
+    i = np.arange(side)
+    if kind.name == "global":
+        axis = np.ones((side, side), bool)
+    elif kind.name == "neighbourhood":
+        first = np.clip(i - kind.size // 2, 0, side - kind.size)[:, None]
+        axis = (first <= i) & (i < first + kind.size)
+    else:
+        window = (i + _shift(kind, shifted)) // kind.size
+        axis = window[:, None] == window
+    return (axis[:, None, :, None] & axis[None, :, None, :]).reshape(side**2, side**2)
+
+
+def scores_computed(kind: AttentionKind, side: int) -> int:
+    """Products of a query with a key that a head computes for an image, those that the mask hides included; "mixed" is
+    the mean of its heads, to be halved exactly."""
+    whole = side**4
+    if kind.name == "global":
+        return whole
+    queries = -(-side // kind.size) * kind.size
+    keys = _region(kind, side) if kind.name == "neighbourhood" else kind.size
+    local = queries**2 * keys**2
+    return (local + whole) // 2 if kind.name == "mixed" else local
+
+
+def _shift(kind: AttentionKind, shifted: bool) -> int:
+    return kind.size // 2 if shifted and kind.name != "neighbourhood" else 0
+
+
+def _region(kind: AttentionKind, side: int) -> int:
+    """Side of the square of keys that a tile of size x size queries needs."""
+    return min(side, 2 * kind.size - 1)
+
+
+def _blocks(kind: AttentionKind, side: int, shifted: bool) -> tuple[Callable, Callable, Callable]:
+    """How images (B, side, side, ...) are cut into blocks (B, blocks, tokens, ...) of queries, joined again, and cut
+    into the blocks of keys."""
+    size, shift = kind.size, _shift(kind, shifted)
+    tiles = -(-side // size)
+    more = tiles * size - side
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, more), (0, more), *[(0, 0)] * (x.ndim - 3)))
+        x = jnp.roll(x, (shift, shift), (1, 2)) if shift else x
+        x = x.reshape(len(x), tiles, size, tiles, size, *x.shape[3:]).swapaxes(2, 3)
+        return x.reshape(len(x), tiles**2, size**2, *x.shape[5:])
+
+    def join(x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x), tiles, tiles, size, size, *x.shape[3:]).swapaxes(2, 3)
+        x = x.reshape(len(x), tiles * size, tiles * size, *x.shape[5:])
+        x = jnp.roll(x, (-shift, -shift), (1, 2)) if shift else x
+        return x[:, :side, :side]
+
+    if kind.name != "neighbourhood":
+        return cut, join, cut
+    region = _region(kind, side)
+    firsts = [int(np.clip(tile * size - size // 2, 0, side - region)) for tile in range(tiles)]
+
+    def cut_regions(x: jax.Array) -> jax.Array:
+        x = jnp.stack([x[:, first : first + region] for first in firsts], axis=1)
+        x = jnp.stack([x[:, :, :, first : first + region] for first in firsts], axis=2)
+        return x.reshape(len(x), tiles**2, region**2, *x.shape[5:])
+
+    return cut, join, cut_regions
+
+
+@lru_cache
+def _block_mask(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray | None:
+    """(blocks, 1, queries, keys) bool: `allowed` cut into blocks; None if it is true everywhere.
+
+    What fills up a block attends to itself alone, and nothing attends to it.
+    """
+    cut_queries, _, cut_keys = _blocks(kind, side, shifted)
+    with jax.ensure_compile_time_eval():
+        tokens = 1 + jnp.arange(side**2).reshape(1, side, side)  # 0 fills up
+        queries, keys = (np.asarray(cut(tokens))[0, ..., None] for cut in (cut_queries, cut_keys))
+    seen = np.zeros((side**2 + 1, side**2 + 1), bool)
+    seen[0, 0], seen[1:, 1:] = True, allowed(kind, side, shifted)
+    mask = seen[queries, keys.swapaxes(1, 2)][:, None]
+    if kind.name == "neighbourhood":
+        mask = mask | (queries == 0)[:, None]
+    return None if mask.all() else mask
