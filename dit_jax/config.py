@@ -49,7 +49,7 @@ def attention_layers(schedule: str, depth: int) -> tuple[AttentionKind, ...]:
         )
     counts = [int(part[4] or 0) for part in parts]
     rest = depth - sum(counts)
-    if counts.count(0) > 1 or (counts.count(0) == 1) != (rest > 0):
+    if rest < 0 or counts.count(0) != (rest > 0):
         raise InputError(
             f"attention={schedule!r} names {sum(counts)} blocks and there are {depth}: one part, and one only, may "
             "leave out its number and takes the rest"
