@@ -1,6 +1,6 @@
 """Compile the real program for chips that are not here: does it fit, what does it cost, and how fast may it be.
 
-TPUs need `pip install libtpu` (jax[tpu]), NVIDIA chips jax[cuda12]; neither needs the hardware.
+TPUs need `pip install -e .[tpu]`, NVIDIA chips `.[cuda]`; neither needs the hardware.
 
 Examples:
   python -m dit_jax.compile --config=configs/imagenet256.py --topology=v5e:4x4

@@ -259,9 +259,16 @@ class Program:
                 if instruction.opcode.endswith("-start") and kind != "all-reduce":
                     result = result[len(result) // 2 :] if kind != "collective-permute" else result[1:2]
                 size = sum(output.bytes for output in result)
+                if kind == "all-reduce" and self._is_scattered(name, instruction):
+                    kind, size = "reduce-scatter", size / group
                 counts[kind] += times
                 sent[kind] += times * size * _ring_share(kind, group)
         return {kind: Collective(kind, counts[kind], sent[kind]) for kind in COLLECTIVES if kind in counts}
+
+    def _is_scattered(self, computation: str, instruction: Instruction) -> bool:
+        """Whether a sum over devices is one that each keeps its own part of: so TPUs write a reduce-scatter."""
+        (result,) = (other for other in self.computations[computation].values() if other.root)
+        return result.opcode == "dynamic-slice" and result.operands[0] == instruction.name
 
     def _with_fusions(self) -> Iterator[tuple[str, int]]:
         for name, times in self.runs:
@@ -276,7 +283,7 @@ class Program:
         text = instruction.attributes
         if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
             return int(found[2])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? \{([^}]*)\}", text):
             sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
             return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", found[2]))
         if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):

@@ -109,3 +109,32 @@ def test_what_devices_send_is_what_ring_algorithms_send():
     (collective,) = Program(text).collectives.values()
     assert collective.kind == "all-reduce" and collective.runs == 1
     assert collective.bytes == 2 * 7 / 8 * 4 * 32 * 64
+
+
+def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter():
+    """So TPUs write it, the groups as axes of a mesh whose devices are in another order."""
+    program = Program(
+        """HloModule step, num_partitions=16
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (p: f32[64,32]) -> f32[16,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,32]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, to_apply=%add
+  %i = s32[] constant(0)
+  ROOT %part = f32[16,32]{1,0} dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={16,32}
+}
+
+ENTRY %main (p: f32[64,32]) -> f32[64,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  %own = f32[16,32]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %all = f32[64,32]{1,0} all-gather(%own), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=4], device_ids=([4,4]T(1,0)) {'axis_1'}, dimensions={0}
+}
+"""  # noqa: E501
+    )
+    sent = {kind: collective.bytes for kind, collective in program.collectives.items()}
+    assert sent == {"reduce-scatter": 3 * 4 * 16 * 32, "all-gather": 3 / 4 * 4 * 64 * 32}
