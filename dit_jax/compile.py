@@ -7,7 +7,11 @@ Examples:
   python -m dit_jax.compile --config=configs/imagenet256.py --topology=v5e:4x4 --largest_batch --json=report.json
   python -m dit_jax.compile --config=configs/imagenet512.py --topology=h100:8 --config.mesh.fsdp=8 \\
       --compare=model.remat=none --compare=model.remat=dots --compare=model.remat=full
+  python -m dit_jax.compile --config=configs/imagenet512.py:DiT-S/2 --topology=v5e:4x4 \\
+      --compare=model.attention=global --compare="model.attention=window:8*6,mixed:8*3,global*3"
 """
+
+import re
 
 from absl import flags
 from ml_collections import config_flags
@@ -75,7 +79,7 @@ def changed(config, changes: str):
     from dit_jax.errors import InputError
 
     config = ConfigDict(config.to_dict())  # a copy to its depth
-    for change in filter(None, changes.split(",")):
+    for change in filter(None, re.split(r",(?=[\w.]+=)", changes)):  # a schedule of attention has commas of its own
         field, _, value = change.partition("=")
         *path, name = field.split(".")
         holder = config

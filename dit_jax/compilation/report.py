@@ -34,6 +34,7 @@ def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dic
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "remat": config.model.remat,
+        "attention": config.model.attention,
         "attention_kernel": config.model.attention_kernel,
         "dtype": config.model.dtype,
     }
