@@ -1,0 +1,90 @@
+"""Which heads matter: how the loss changes when one is taken out and nothing else changes."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.diffusion.gaussian import GaussianDiffusion
+from dit_jax.inspection.explicit import (
+    Inputs,
+    attention_weights,
+    explicit_forward,
+    join_heads,
+    split_heads,
+    weighted,
+)
+from dit_jax.inspection.images import Images, noise_like
+from dit_jax.inspection.observe import images_at_once
+from dit_jax.models.dit import DiT
+
+
+class Importance(NamedTuple):
+    """Of every head, from paired losses: the same images, timesteps and noise with it and without.
+
+    The first of 1 + T is the mean over the timesteps, then each of them.
+    """
+
+    loss: np.ndarray
+    """(1 + T,): the mean loss of the whole network."""
+    change: np.ndarray
+    """(1 + T, depth, heads): how much more it is without the head."""
+    error: np.ndarray
+    """(1 + T, depth, heads): the standard error of that change over images."""
+
+
+def head_importance(model: DiT, diffusion: GaussianDiffusion, images: Images, timesteps: Sequence[int]) -> Importance:
+    """Losses with all heads and without each of them, at (T,) steps of the process.
+
+    Image b has the same noise at every timestep, by its index alone.
+    """
+    x0, y, together = images.x0, images.labels, images_at_once(model.config)
+    depth, heads = model.config.depth, model.config.num_heads
+    masks = np.ones((1 + depth * heads, depth, heads), np.float32)
+    masks[1:].reshape(depth * heads, -1)[np.diag_indices(depth * heads)] = 0.0
+    losses = np.empty((len(timesteps), len(x0), len(masks)))
+    noise = noise_like(x0)
+    for start in range(0, len(x0), together):
+        some = slice(start, start + together)
+        for i, t in enumerate(timesteps):
+            losses[i, some] = np.asarray(
+                losses_under_masks(model, diffusion, x0[some], y[some], int(t), noise[some], masks)
+            ).T
+    losses = np.concatenate([losses.mean(axis=0, keepdims=True), losses])
+    change = losses[..., 1:] - losses[..., :1]
+    shape = (len(losses), depth, heads)
+    error = change.std(axis=1, ddof=min(1, len(x0) - 1)) / np.sqrt(len(x0))
+    return Importance(losses[..., 0].mean(axis=1), change.mean(axis=1).reshape(shape), error.reshape(shape))
+
+
+@partial(jax.jit, static_argnames="diffusion")
+def losses_under_masks(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    x0: jax.Array,
+    y: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    masks: jax.Array,
+) -> jax.Array:
+    """masks: (M, depth, heads), a factor for what each head puts out -> (M, B) losses as training has them.
+
+    One compiled program, one mask after the other.
+    """
+
+    def visit(block, tokens, modulation, conditions, seen, mask):
+        def attend(qkv: jax.Array, head_dim: int) -> jax.Array:
+            q, k, v = split_heads(qkv, head_dim)
+            out = weighted(attention_weights(q, k, seen), v)
+            return join_heads(out * mask[:, None, None].astype(out.dtype))
+
+        return block(tokens, modulation, conditions, attend)[0], None
+
+    def losses(mask: jax.Array) -> jax.Array:
+        denoise = lambda x, t: explicit_forward(model, Inputs(x, t, y), visit, mask)[0]  # noqa: E731
+        return diffusion.losses(denoise, x0, jnp.broadcast_to(t, len(x0)), noise)["loss"]
+
+    return jax.lax.map(losses, masks)
