@@ -138,8 +138,10 @@ def whole_numbers(flag, end: int) -> list[int]:
 
 
 def say_roles(report: dict) -> None:
-    rows = [role for layer in report["roles"][0][0] for role in layer]
-    print(", ".join(f"{rows.count(role)} {role}" for role, _ in report["rules"] if role in rows) + " heads")
+    """One line: how many heads have each role, with their label and over all timesteps."""
+    heads = [role for layer in report["roles"][0][0] for role in layer]
+    told = ", ".join(f"{heads.count(role)} {role}" for role, _ in report["rules"] if role in heads)
+    print(f"roles of {len(heads)} heads: {told}")
 
 
 def prune(weights, params: dict, widest_gate) -> None:

@@ -22,6 +22,8 @@ def about_measures(config: DiTConfig, segments: bool) -> dict[str, str]:
         )
     if config.block == "in-context":
         said["condition"] = "Its tokens are keys for entropy and sink; they have no place, and are no queries here."
+    if config.context_features:
+        said["context"] = "None was given: the network saw an empty one throughout."
     if segments:
         said["same segment"] = (
             "Patches are bright or dark, told apart in the clean image by Otsu's threshold on their means. The share "

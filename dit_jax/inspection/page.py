@@ -12,7 +12,7 @@ from PIL import Image
 
 from dit_jax.inspection.measure import Measurement
 
-TEMPLATE = Path(__file__).with_name("page.html")
+TEMPLATE, STYLE, SCRIPT = (Path(__file__).with_name(f"page.{suffix}") for suffix in ("html", "css", "js"))
 
 
 def make_page(
@@ -39,13 +39,11 @@ def make_page(
             for i, view in enumerate(found.views)
         ],
     }
-    # "</" would end the element; JSON may write it so.
-    inside = {
-        name: json.dumps(content).replace("</", "<\\/") for name, content in (("REPORT", report), ("VIEWS", views))
-    }
+    as_json = lambda content: json.dumps(content).replace("</", "<\\/")  # noqa: E731  "</" would end the element
+    parts = {"__STYLE__": STYLE.read_text(), "__REPORT__": as_json(report), "__VIEWS__": as_json(views)}
     text = TEMPLATE.read_text()
-    for name, content in inside.items():
-        text = text.replace(f"__{name}__", content)
+    for place, content in (parts | {"__SCRIPT__": SCRIPT.read_text()}).items():
+        text = text.replace(place, content)
     return text
 
 
