@@ -65,9 +65,13 @@ def main() -> None:
         chosen = choose(DATA.value, trained_on, model, record, codec, count + ABLATE.value, labels)
         images, others = chosen.images.part(slice(count)), chosen.images.part(slice(count, None))
         print(f"{count} images at {len(timesteps)} timesteps. {chosen.origin}")
-        with tqdm(total=count * len(timesteps) * (2 if config.class_dropout_prob else 1), unit="pass") as bar:
+        passes = count * len(timesteps) * (2 if config.class_dropout_prob else 1)
+        with tqdm(desc="watching", total=passes, unit="pass") as bar:
             found = measure(model, diffusion, images, timesteps, bar.update)
-        importance = head_importance(model, diffusion, others, timesteps) if ABLATE.value else None
+        importance, passes = None, ABLATE.value * len(timesteps) * (1 + config.depth * config.num_heads)
+        if passes:
+            with tqdm(desc="removing heads", total=passes, unit="pass") as bar:
+                importance = head_importance(model, diffusion, others, timesteps, bar.update)
         evenly = [*range(0, diffusion.num_steps, -(-diffusion.num_steps // 20)), diffusion.num_steps - 1]
         modulations = measure_modulations(model, evenly, images.labels)
         about = {

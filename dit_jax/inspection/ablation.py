@@ -1,6 +1,6 @@
 """Which heads matter: how the loss changes when one is taken out and nothing else changes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from dit_jax.inspection.images import Images, noise_like
 from dit_jax.inspection.observe import images_at_once
 from dit_jax.models.dit import DiT
 
+MASKS_AT_ONCE = 64  # heads taken out, one after the other, by one call
+
 
 class Importance(NamedTuple):
     """Of every head, from paired losses: the same images, timesteps and noise with it and without.
@@ -36,23 +38,31 @@ class Importance(NamedTuple):
     """(1 + T, depth, heads): the standard error of that change over images."""
 
 
-def head_importance(model: DiT, diffusion: GaussianDiffusion, images: Images, timesteps: Sequence[int]) -> Importance:
+def head_importance(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    images: Images,
+    timesteps: Sequence[int],
+    progress: Callable[[int], None] = lambda passes: None,
+) -> Importance:
     """Losses with all heads and without each of them, at (T,) steps of the process.
 
-    Image b has the same noise at every timestep, by its index alone.
+    Image b has the same noise at every timestep, by its index alone. `progress` is told how many passes over one image
+    were done, of 1 + depth * heads for each image and timestep.
     """
-    x0, y, together = images.x0, images.labels, images_at_once(model.config)
-    depth, heads = model.config.depth, model.config.num_heads
-    masks = np.ones((1 + depth * heads, depth, heads), np.float32)
-    masks[1:].reshape(depth * heads, -1)[np.diag_indices(depth * heads)] = 0.0
+    x0, y, noise = images.x0, images.labels, noise_like(images.x0)
+    depth, heads, together = model.config.depth, model.config.num_heads, images_at_once(model.config)
+    masks = np.concatenate([np.ones((1, depth * heads)), 1 - np.eye(depth * heads)]).astype(np.float32)
+    masks = masks.reshape(-1, depth, heads)
     losses = np.empty((len(timesteps), len(x0), len(masks)))
-    noise = noise_like(x0)
-    for start in range(0, len(x0), together):
-        some = slice(start, start + together)
+    for first in range(0, len(x0), together):
+        some = slice(first, first + together)
         for i, t in enumerate(timesteps):
-            losses[i, some] = np.asarray(
-                losses_under_masks(model, diffusion, x0[some], y[some], int(t), noise[some], masks)
-            ).T
+            for mask in range(0, len(masks), MASKS_AT_ONCE):
+                few = masks[mask : mask + MASKS_AT_ONCE]
+                found = losses_under_masks(model, diffusion, x0[some], y[some], int(t), noise[some], few)
+                losses[i, some, mask : mask + MASKS_AT_ONCE] = np.asarray(found).T
+                progress(found.size)
     losses = np.concatenate([losses.mean(axis=0, keepdims=True), losses])
     change = losses[..., 1:] - losses[..., :1]
     shape = (len(losses), depth, heads)
