@@ -119,13 +119,11 @@ def _importance(report: dict[str, Any]) -> Figure:
 
 def _attention(report: dict[str, Any], found: Measurement, clean: Mapping[int, np.ndarray]) -> Figure:
     """Where one patch in the middle of the first image looks from: layers down, heads across."""
-    view, side = (
-        found.views[len(report["timesteps"]) // 2 if len(found.views) > 1 else 0],
-        report["about"]["network"]["side"],
-    )
-    middle = side // 2 * side + side // 2
-    chosen = int(np.argmin(np.abs(found.queries - middle)))
-    row, column = divmod(int(found.queries[chosen]), side)
+    first = [view for view in found.views if view.image == found.views[0].image and view.half == 0]
+    view, side = first[len(first) // 2], report["about"]["network"]["side"]
+    rows, columns = np.divmod(found.queries, side)
+    chosen = int(np.argmin(np.hypot(rows - side // 2, columns - side // 2)))
+    row, column = rows[chosen], columns[chosen]
     depth, heads, _, cells = view.weights.shape
     layers = np.unique(np.linspace(0, depth - 1, min(depth, SHOWN_LAYERS)).round().astype(int))
     across = np.unique(np.linspace(0, heads - 1, min(heads, SHOWN_HEADS)).round().astype(int))
