@@ -45,6 +45,22 @@ def modulation_sizes(model: DiT, t: np.ndarray, y: np.ndarray) -> dict[str, np.n
     return {part: np.concatenate([np.asarray(some[i]) for some in sizes]) for i, part in enumerate(PARTS)}
 
 
+def widest_condition_gates(model: DiT, steps: int) -> np.ndarray:
+    """The largest gate of each head, (depth, heads), over all timesteps below `steps` and all labels.
+
+    For heads that the condition gates: a head that is 0 here is shut whatever the image.
+    """
+
+    @jax.jit
+    def widest(model: DiT) -> jax.Array:
+        t = model.t_embedder(jnp.arange(steps))
+        of_block = lambda block, c: block.attn.gate(None, c).max(axis=(0, 1))  # noqa: E731
+        of_label = lambda y: jax.vmap(of_block, in_axes=(0, None))(model.blocks, t + y)  # noqa: E731
+        return jax.lax.map(of_label, model.y_embedder.embedding_table[...]).max(axis=0)
+
+    return np.asarray(widest(model))
+
+
 @jax.jit
 def _sizes(model: DiT, t: jax.Array, y: jax.Array) -> list[jax.Array]:
     c = model.t_embedder(t) + model.y_embedder(y)

@@ -17,8 +17,8 @@ def about_measures(config: DiTConfig, segments: bool) -> dict[str, str]:
     }
     if config.head_gate != "none":
         said["widest gate"] = (
-            "The largest gate of a head over all tokens, images, timesteps and halves; 0 where it stayed shut. "
-            "Attention weights are shown as they are before the gate."
+            f"The largest gate of a head over all {'tokens and images' if config.head_gate == 'token' else 'labels'} "
+            "and timesteps; 0 where it stayed shut. Attention weights are shown as they are before the gate."
         )
     if config.block == "in-context":
         said["condition"] = "Its tokens are keys for entropy and sink; they have no place, and are no queries here."

@@ -232,7 +232,7 @@ function drawMaps() {
   const high = roles ? 1 : Math.max(...flat(values), 1e-9);
   byId("map-legend").replaceChildren(...(roles ? report.rules : []).map(([role]) =>
     make("li", {}, make("i", {style: "background:" + ROLE_COLOURS[role]}), `${role} (${flat(values[0]).filter(r => r === role).length} of ${L * H})`)));
-  if (gate) byId("map-legend").replaceChildren(make("li", {}, `${flat(values).filter(x => x === 0).length} of ${L * H} heads stayed shut: exactly 0 at every image, timestep and token.`));
+  if (gate) byId("map-legend").replaceChildren(make("li", {}, `${flat(values).filter(x => x === 0).length} of ${L * H} heads stayed shut: exactly 0 throughout.`));
   const cell = cellOf(H, L, Math.max(1080 / values.length - 76, 90), 420, 40);
   byId("maps").replaceChildren(...values.map((map, t) => heat(map, {
     title: gate ? "over all timesteps" : t ? "t = " + report.timesteps[t - 1] : "mean over timesteps", cell: [cell, cell],

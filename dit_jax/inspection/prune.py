@@ -1,12 +1,20 @@
 """Cutting shut heads out of the weights: a smaller network with the same outputs."""
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.config import DiTConfig, attention_layers
+from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.errors import InputError
+from dit_jax.inspection.images import Images, noise_like
+from dit_jax.models.dit import DiT
+
+TOLERANCE = 2e-5  # of outputs, absolute
 
 
 def cut_heads(config: DiTConfig, params: dict, shut: np.ndarray) -> tuple[DiTConfig, dict]:
@@ -30,6 +38,28 @@ def cut_heads(config: DiTConfig, params: dict, shut: np.ndarray) -> tuple[DiTCon
     leaves[proj] = _chosen(leaves[proj], kept, config.head_width, axis=-2)
     smaller = dataclasses.replace(config, num_heads=kept.shape[1], head_dim=config.head_width)
     return smaller, unflatten_dict(leaves, sep="/")
+
+
+def require_same(model: DiT, smaller: DiT, diffusion: GaussianDiffusion, images: Images, steps: Sequence[int]) -> float:
+    """The largest difference of the outputs on images at steps of the process, with their labels and with none.
+
+    Raises InputError if it is more than TOLERANCE: then a head opens there that was taken to be shut.
+    """
+    config, noise, largest = model.config, noise_like(images.x0), 0.0
+    forward = jax.jit(lambda model, *inputs: model(*inputs))
+    null = np.full_like(images.labels, config.num_classes)
+    for t in steps:
+        x_t = diffusion.q_sample(images.x0, t, noise)
+        for y in (images.labels, null) if config.class_dropout_prob else (images.labels,):
+            inputs = x_t, diffusion.original_timesteps(t, len(x_t)), y
+            difference = float(jnp.abs(forward(model, *inputs) - forward(smaller, *inputs)).max())
+            largest = max(largest, difference)
+            if difference > TOLERANCE:
+                raise InputError(
+                    f"without the heads that were shut the output at t={t} changes by {difference:.2g}: one opens "
+                    "there; measure more with --timesteps and --count"
+                )
+    return largest
 
 
 def require_prunable(config: DiTConfig) -> None:

@@ -10,10 +10,13 @@ from flax import nnx
 from goldens.cases import TINY, seeded_dit
 
 from dit_jax import DiT, load_dit, save_dit
+from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.errors import InputError
+from dit_jax.inspection.conditions import widest_condition_gates
 from dit_jax.inspection.explicit import Inputs
+from dit_jax.inspection.images import Images
 from dit_jax.inspection.observe import observe
-from dit_jax.inspection.prune import cut_heads, kept_heads, require_prunable
+from dit_jax.inspection.prune import TOLERANCE, cut_heads, kept_heads, require_prunable, require_same
 from dit_jax.models.dit import abstract_dit
 
 INPUTS = Inputs(
@@ -89,3 +92,24 @@ def test_what_cannot_be_cut_is_refused():
         require_prunable(TINY)
     with pytest.raises(InputError, match="cross-attention"):
         require_prunable(dataclasses.replace(TINY, head_gate="token", block="cross-attention"))
+
+
+def test_a_gate_of_the_condition_is_measured_at_every_timestep_and_label():
+    model = seeded_dit(dataclasses.replace(TINY, head_gate="condition"))
+    widest = widest_condition_gates(model, 1000)
+    rng, largest = np.random.default_rng(0), np.zeros((3, 4))
+    x, forward = np.zeros((256, 8, 8, 4), np.float32), jax.jit(lambda *inputs: model.with_gates(*inputs)[1])
+    for _ in range(4):
+        gates = np.asarray(forward(x, rng.integers(0, 1000, 256), rng.integers(0, 11, 256)))
+        largest = np.maximum(largest, gates.max(axis=1))
+    assert (largest <= widest + 1e-5).all() and (largest > 0.9 * widest).all()
+
+
+def test_a_head_that_opens_at_another_timestep_is_found():
+    model = with_shut(dict(head_gate="token"), [[0], [1], [2]])
+    images = Images(np.asarray(INPUTS.x), np.array([2, 4, 5], np.int32), None)
+    diffusion, shut = GaussianDiffusion.create(), np.eye(3, 4, dtype=bool)
+    assert require_same(model, smaller_than(model, shut), diffusion, images, (0, 500)) <= TOLERANCE
+    shut[:] = [False, False, False, True]
+    with pytest.raises(InputError, match="output at t=0 changes by .* one opens there"):
+        require_same(model, smaller_than(model, shut), diffusion, images, (0, 500))
