@@ -88,9 +88,8 @@ def main() -> None:
     print(f"wrote {OUT.value}/index.html, report.json and figures in {time.monotonic() - started:.0f} s")
     say_roles(report)
     if PRUNE.value:
-        prune(
-            weights, params, found.widest_gate, lambda smaller: require_same(model, smaller, diffusion, images, evenly)
-        )
+        difference_of = lambda smaller: require_same(model, smaller, diffusion, images, evenly)  # noqa: E731
+        prune(weights, params, found.widest_gate, difference_of)
 
 
 def choose_codec(weights):

@@ -111,5 +111,5 @@ def test_a_head_that_opens_at_another_timestep_is_found():
     diffusion, shut = GaussianDiffusion.create(), np.eye(3, 4, dtype=bool)
     assert require_same(model, smaller_than(model, shut), diffusion, images, (0, 500)) <= TOLERANCE
     shut[:] = [False, False, False, True]
-    with pytest.raises(InputError, match="output at t=0 changes by .* one opens there"):
+    with pytest.raises(InputError, match=r"output at t=0 changes by .* one opens there"):
         require_same(model, smaller_than(model, shut), diffusion, images, (0, 500))
