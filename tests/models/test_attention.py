@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_jax.errors import InputError
-from dit_jax.models.kernels import xla_attention
 from dit_jax.models.flash import flash_attention
+from dit_jax.models.kernels import xla_attention
 from dit_jax.parallel.mesh import make_mesh
 
 CASES = [(256, 2, 72), (512, 1, 64), (16, 3, 32), (9, 2, 8)]  # tokens, heads, width of a head

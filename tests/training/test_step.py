@@ -154,8 +154,8 @@ def test_the_state_is_donated():
 
 def test_draws_are_new_each_step_and_each_image():
     config = DiTConfig(**tiny_config().model)
-    x, y = jnp.zeros((512, 2, 2, 1)), jnp.zeros(512, jnp.int32)
-    first, second = (draw(jax.random.split(jax.random.key(i), 3), x, y, config, 1000) for i in (0, 1))
+    rows = {"x": jnp.zeros((512, 2, 2, 1)), "y": jnp.zeros(512, jnp.int32)}
+    first, second = (draw(jax.random.split(jax.random.key(i), 3), rows, config, 1000) for i in (0, 1))
     assert (first.t != second.t).mean() > 0.99 and len(np.unique(first.noise)) > 2000
     assert first.t.min() < 20 and first.t.max() > 980
     assert (first.y == 10).mean() == pytest.approx(0.1, abs=0.05)
