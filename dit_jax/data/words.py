@@ -9,8 +9,8 @@ from dit_jax.errors import InputError
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PHRASES = ("{}", "a {}", "the {}", "draw {}", "draw a {}")
-PHRASES_OF_NUMBERS = (*PHRASES, "the digit {}")
+PHRASES = ("{noun}", "{a} {noun}", "the {noun}", "draw {noun}", "draw {a} {noun}")
+PHRASES_OF_NUMBERS = (*PHRASES, "the digit {noun}")
 
 
 class Words:
@@ -28,11 +28,9 @@ class Words:
 
     def __init__(self, class_names: Sequence[str], length: int):
         self.length = length
-        self.nouns = [noun(name) for name in class_names]
-        self.phrases = [
-            [phrase.format(n) for phrase in (PHRASES_OF_NUMBERS if n in NUMBERS else PHRASES)] for n in self.nouns
-        ]
-        self._tokens = [self.tokens(phrases) for phrases in self.phrases]
+        self.nouns = [noun_of(name) for name in class_names]
+        self.phrases = [phrases(noun) for noun in self.nouns]
+        self._tokens = [self.tokens(own) for own in self.phrases]
 
     def tokens(self, phrases: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(B, length, features) float32 characters, and (B, length) bool, where there is one.
@@ -61,15 +59,21 @@ class Words:
 
     def class_of(self, phrase: str) -> int:
         """The class whose name stands in a phrase; -1 if that is none, or several."""
-        found = [label for label, n in enumerate(self.nouns) if f" {n} " in f" {phrase} "]
+        found = [label for label, noun in enumerate(self.nouns) if f" {noun} " in f" {phrase} "]
         return found[0] if len(found) == 1 else -1
 
 
-def noun(class_name: str) -> str:
+def noun_of(class_name: str) -> str:
     """The name of a class as it stands in a phrase."""
     if class_name in map(str, range(len(NUMBERS))):
         return NUMBERS[int(class_name)]
     return class_name.lower().replace("_", " ")
+
+
+def phrases(noun: str) -> list[str]:
+    """What training is told of images of a class, each as likely."""
+    a = "an" if noun[0] in "aeio" and noun != "one" else "a"
+    return [phrase.format(noun=noun, a=a) for phrase in (PHRASES_OF_NUMBERS if noun in NUMBERS else PHRASES)]
 
 
 CONTEXTS = {"words": Words}
