@@ -27,7 +27,7 @@ def config_of(**changes) -> ConfigDict:
     config.optimizer.learning_rate = 1e-2
     config.mesh.update(data=1)
     config.checkpoint.every = 4
-    config.preview.update(every=8, count=12)
+    config.preview.update(every=0, count=12)
     config.sample.update(sampler="ddim", steps=3, guidance=2.0)
     config.update_from_flattened_dict(changes)
     return config
@@ -38,11 +38,12 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *args, devices=jax.devices: devices(*args)[:1])
 
 
-@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
-def test_a_run_resumes_bit_exactly_draws_and_becomes_a_file(tmp_path, changes):
+@pytest.mark.parametrize("name", ["adaLN", "cross-attention", "in-context", "words"])  # the other in test_loop.py
+def test_a_run_resumes_bit_exactly_draws_and_becomes_a_file(tmp_path, name):
+    changes = RUNS[name]
     train(config_of(**changes), tmp_path / "unbroken")
     train(config_of(**changes, steps=4), tmp_path / "run")
-    train(config_of(**changes), tmp_path / "run")
+    train(config_of(**changes, **{"preview.every": 8}), tmp_path / "run")
     assert (tmp_path / "run" / "previews" / "0000008.png").is_file()
     unbroken, params = (open_weights(tmp_path / name).params() for name in ("unbroken", "run"))
     jax.tree.map(np.testing.assert_array_equal, unbroken, params)
