@@ -229,6 +229,7 @@ def base_config() -> ConfigDict:
     c.head_gate_penalty = 0.0  # times the mean of the heads' gates, added to the loss to shut those of little use
     c.init_from = ""  # weights to start from, of any kind that `load_dit` reads; "" starts from noise
     c.model = ConfigDict(dataclasses.asdict(DiTConfig()))
+    c.context = ""  # what the model is told beside the label: words that name an image's class; "" for nothing
 
     c.diffusion = ConfigDict()
     c.diffusion.schedule = "linear"  # or squaredcos_cap_v2

@@ -18,12 +18,15 @@ OUT = flags.DEFINE_string("out", None, "The JSON to write.")
 
 def main() -> None:
     from dit_jax.data.sources import open_source
+    from dit_jax.errors import InputError
     from dit_jax.evaluation.agreement import judge
     from dit_jax.evaluation.images import labelled_images
     from dit_jax.files import read_npz, write_json
 
     arrays = read_npz(SAMPLES.value, ("arr_0", "labels"))
     samples, labels = arrays["arr_0"], arrays["labels"]
+    if (labels < 0).any():
+        raise InputError(f"{SAMPLES.value} holds pictures of prompts that name no class, which nobody can judge")
     source = open_source(DATA.value)
     judgement = judge(samples, labels, *labelled_images(source, samples.shape[1]), source.class_names)
     write_json(OUT.value, judgement)

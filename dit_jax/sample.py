@@ -3,6 +3,7 @@
 Examples:
   python -m dit_jax.sample --weights=runs/digits --out=grid.png --labels=0,1,2 --steps=250 --guidance=4.0 --seed=0
   python -m dit_jax.sample --weights=runs/digits --out=samples.npz --count=1000
+  python -m dit_jax.sample --weights=runs/digits_words --out=grid.png --prompts="three,a five" --count=20
   python -m dit_jax.sample --weights=DiT-XL-2-256x256 --autoencoder=sd-vae-ft-ema --out=xl.npz --count=50000 \\
     --labels=random --guidance=1.5
 
@@ -22,7 +23,8 @@ OUT = flags.DEFINE_string("out", None, "What to write: a grid (.png), arrays (.n
 LABELS = flags.DEFINE_list(
     "labels", ["balanced"], "balanced: all classes in turn; random: any, by chance; or class numbers, over and over."
 )
-COUNT = flags.DEFINE_integer("count", None, "Images. Default: one a label.", lower_bound=1)
+PROMPTS = flags.DEFINE_list("prompts", None, "Phrases, over and over, for a model that draws from words.")
+COUNT = flags.DEFINE_integer("count", None, "Images. Default: one a label or phrase.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 64, "Images drawn at once, over all devices.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise and of random labels.", lower_bound=0)
 EMA = flags.DEFINE_bool("ema", True, "Averaged weights, where there are two; --ema=false takes the raw ones.")
@@ -46,6 +48,7 @@ def main() -> None:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from dit_jax.checkpoints.files import open_weights
+    from dit_jax.data.words import open_context
     from dit_jax.parallel.mesh import make_mesh
     from dit_jax.sampling.collection import check_destination, open_collection
     from dit_jax.sampling.generate import make_generate
@@ -56,7 +59,13 @@ def main() -> None:
     replicated = lambda shapes: jax.tree.map(lambda _: everywhere, shapes)  # noqa: E731
     weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated)
     record, codec = weights.record, choose_codec(AUTOENCODER.value, weights)
-    labels = choose_labels(LABELS.value, COUNT.value, SEED.value, record.class_names)
+    words = open_context(record.context, record.class_names, record.model)
+    if PROMPTS.value is not None:
+        labels, prompts = choose_prompts(PROMPTS.value, COUNT.value, words, record.model.num_classes)
+    else:
+        labels = choose_labels(LABELS.value, COUNT.value, SEED.value, record.class_names)
+        prompts = words.in_turn(labels) if words else []
+    context = words.tokens(prompts) if words else ()
     settings = dict(record.sample) | given_settings()
     with jax.set_mesh(mesh):
         codec = codec._replace(params=jax.device_put(codec.params, everywhere))
@@ -64,10 +73,10 @@ def main() -> None:
         collection = None
         if processes.is_first():
             about = provenance(weights, codec, settings, len(labels))
-            collection = open_collection(OUT.value, labels, record.class_names, about)
+            collection = open_collection(OUT.value, labels, record.class_names, about, prompts)
         told = ", ".join(f"{name}={value}" for name, value in settings.items())
         processes.say(f"{len(labels)} images from {weights.origin}: {told}")
-        drawn = draw(generate, weights.params(replicated), labels, collection, mesh.size)
+        drawn = draw(generate, weights.params(replicated), (labels, *context), collection, mesh.size)
     if drawn < len(labels):
         processes.say(f"stopped after {drawn} of {len(labels)} images; the same command goes on", sys.stderr)
         sys.exit(1)
@@ -76,19 +85,20 @@ def main() -> None:
         print(f"wrote {OUT.value}")
 
 
-def draw(generate, params, labels, collection, devices: int) -> int:
+def draw(generate, params, conditions, collection, devices: int) -> int:
     """Draw the images that the first process's collection lacks; returns how many there are now, all unless stopped.
 
+    conditions: labels (count,), and condition tokens and their mask for a model that takes them.
     Batches begin at multiples of their size, so that a run which goes on draws each image in the same company.
     """
     import numpy as np
     from tqdm import tqdm
 
-    from dit_jax.sampling.generate import image_keys
+    from dit_jax.sampling.generate import image_keys, in_batches
 
-    count, first = len(labels), processes.is_first()
+    count, first = len(conditions[0]), processes.is_first()
     batch = -(-min(BATCH.value, count) // devices) * devices
-    padded = np.resize(labels, -(-count // batch) * batch)
+    padded = [in_batches(rows, batch) for rows in conditions]
     batches = range(0, count, batch)
     lacking = [str(i) for i in batches if collection.lacks(range(i, i + batch))] if first else []
     todo = [int(i) for i in processes.gather(",".join(lacking))[0].split(",") if i]
@@ -96,7 +106,8 @@ def draw(generate, params, labels, collection, devices: int) -> int:
     bar = tqdm(total=count, initial=there, unit="image", disable=not first)
     with bar, processes.stop_signals() as stopping:
         for step, i in enumerate(todo):
-            images = generate(params, padded[i : i + batch], image_keys(SEED.value, i, batch)).block_until_ready()
+            labels, *context = (rows[i : i + batch] for rows in padded)
+            images = generate(params, labels, image_keys(SEED.value, i, batch), *context).block_until_ready()
             if first:
                 collection.add(i, np.asarray(images))
             bar.update(min(batch, count - i))
@@ -141,7 +152,7 @@ def provenance(weights, codec, settings: dict, count: int) -> dict:
         "weights": {"sha256": digest(weights.path), "kind": record.weights, "step": record.step},
         "autoencoder": codec.about(),
         "count": count,
-        "labels": ",".join(LABELS.value),
+        **({"labels": ",".join(LABELS.value)} if PROMPTS.value is None else {"prompts": ",".join(PROMPTS.value)}),
         "seed": SEED.value,
         **settings,
         "diffusion": record.diffusion,
@@ -197,6 +208,31 @@ def choose_labels(given: list[str], count: int | None, seed: int, class_names: l
         )
     labels = np.array([int(label) for label in given], dtype=np.int32)
     return np.resize(labels, count or len(labels))
+
+
+def choose_prompts(given: list[str], count: int | None, words, classes: int):
+    """(count,) int32 labels, each of the class that a phrase names, -1 for none; and the phrases, over and over.
+
+    Raises InputError for what the model cannot read.
+    """
+    import numpy as np
+
+    from dit_jax.errors import InputError
+
+    if words is None:
+        raise InputError("--prompts: this model does not draw from words; use --labels")
+    if LABELS.present:
+        raise InputError("--labels and --prompts say the same twice: give one of them")
+    given = given or [""]
+    words.tokens(given)
+    labels = np.array([words.class_of(phrase) for phrase in given], np.int32)
+    if classes > 1 and (labels < 0).any():
+        raise InputError(
+            f"prompt {given[labels.argmin()]!r}: this model takes a label too, and this names not one of its classes, "
+            f"which are {', '.join(words.nouns)}"
+        )
+    count = count or len(given)
+    return np.resize(labels, count), [given[i % len(given)] for i in range(count)]
 
 
 if __name__ == "__main__":

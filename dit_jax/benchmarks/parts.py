@@ -15,7 +15,7 @@ from dit_jax.benchmarks import peers
 from dit_jax.benchmarks.rates import Row, compiled, in_turn, peak_memory, row, utilisation
 from dit_jax.checkpoints.autoencoder_layout import load_autoencoder
 from dit_jax.checkpoints.codec import IDENTITY, Codec
-from dit_jax.compilation.programs import codec_of
+from dit_jax.compilation.programs import codec_of, context_of
 from dit_jax.config import DiTConfig
 from dit_jax.data.sources import open_source
 from dit_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -61,11 +61,11 @@ def sample(config: ConfigDict, repeats: int, profile: str | None, peer: str | No
     with jax.set_mesh(mesh):
         generate = make_generate(model, config.diffusion, codec, **config.sample)
         params = random_weights(model)
-        labels = np.arange(config.batch_size, dtype=np.int32) % model.num_classes
+        _, labels, *context = examples(model, config.batch_size).values()
         keys = image_keys(0, 0, config.batch_size)
 
         def pictures() -> None:
-            jax.block_until_ready(generate(params, labels, keys))
+            jax.block_until_ready(generate(params, labels, keys, *context))
 
         name = f"sample, {config.batch_size} at once, {config.sample.steps} steps"
         runs: dict[str, Callable[[], Any]] = {name: pictures}
@@ -83,12 +83,13 @@ def sample(config: ConfigDict, repeats: int, profile: str | None, peer: str | No
 def forward(config: ConfigDict, repeats: int, peer: str | None) -> list[Row]:
     """One forward pass of the network, beside diffusers' DiTTransformer2DModel with the same weights."""
     model = DiT(DiTConfig(**config.model), rngs=nnx.Rngs(0))
-    x, y = (examples(model.config, config.batch_size)[name] for name in ("x", "y"))
+    x, y, *context = examples(model.config, config.batch_size).values()
     t = np.full(len(y), 500, np.int32)
     graph, params = nnx.split(model)
-    program = jax.jit(lambda params, x, t, y: nnx.merge(graph, params)(x, t, y))
-    call, compilation = compiled(program, params, x, t, y)
-    runs: dict[str, Callable[[], Any]] = {"forward, ours": lambda: jax.block_until_ready(call(params, x, t, y))}
+    program = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
+    inputs = (x, t, y, *context)
+    call, compilation = compiled(program, params, *inputs)
+    runs: dict[str, Callable[[], Any]] = {"forward, ours": lambda: jax.block_until_ready(call(params, *inputs))}
     if peer:
         runs["forward, diffusers"] = peers.diffusers_dit(model, x, t, y)
     rows = in_turn(runs, config.batch_size, repeats)
@@ -138,12 +139,13 @@ def encode(autoencoder: str | None, image_size: int, images: int, repeats: int, 
 
 
 def examples(model: DiTConfig, count: int) -> dict[str, np.ndarray]:
+    """A batch of noise as the step takes it: x, y, and for a model that takes them condition tokens and their mask."""
     rng = np.random.default_rng(0)
     shape = (count, model.input_size, model.input_size, model.in_channels)
     return {
         "x": rng.standard_normal(shape, dtype=np.float32),
         "y": (np.arange(count) % model.num_classes).astype(np.int32),
-    }
+    } | {name: np.ones(shape.shape, shape.dtype) for name, shape in context_of(model, count).items()}
 
 
 def random_weights(model: DiTConfig) -> dict:

@@ -11,13 +11,15 @@ from tqdm import tqdm
 from dit_jax.benchmarks.rates import Row
 from dit_jax.checkpoints.files import open_weights
 from dit_jax.data.sources import open_source
+from dit_jax.data.words import open_context
 from dit_jax.errors import InputError
 from dit_jax.evaluation.agreement import judge
 from dit_jax.evaluation.comparison import make_comparison
 from dit_jax.evaluation.images import labelled_images
 from dit_jax.files import replacing
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.sampling.generate import SAMPLERS, image_keys, make_generate, network_passes
+from dit_jax.sampling.generate import SAMPLERS, make_generate, network_passes
+from dit_jax.training.evaluating import draw
 
 STEPS = (10, 25, 50, 250)
 GUIDANCE = (1.0, 1.5, 2.0, 4.0)
@@ -50,6 +52,8 @@ def compare(
     if record.model.in_channels not in (1, 3):
         raise InputError(f"{weights} draws latents: judging takes pixels, of a data set small enough for scikit-learn")
     labels = np.resize(np.arange(len(record.class_names), dtype=np.int32), count)
+    words = open_context(record.context, record.class_names, record.model)
+    context = words.tokens(words.in_turn(labels)) if words else ()
     side = record.model.input_size
     real = labelled_images(open_source(data), side)
     figures_of = lambda images: {}  # noqa: E731
@@ -59,7 +63,7 @@ def compare(
     for sampler, scale, number in tqdm(list(product(samplers, guidance, steps)), unit="setting"):
         settings = dict(record.sample) | {"sampler": sampler, "steps": number, "guidance": scale}
         generate = make_generate(record.model, record.diffusion, **settings)
-        images = draw(generate, params, labels)
+        images = draw(generate, params, labels, context, seed=0, batch=min(BATCH, count))
         found = judge(images, labels, *real, record.class_names) | figures_of(images)
         rows.append(
             {"name": f"{sampler}, guidance {scale:g}, {number} steps", "sampler": sampler, "guidance": scale}
@@ -95,11 +99,3 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
     axes[0, 0].legend(fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-
-
-def draw(generate, params: dict, labels: np.ndarray) -> np.ndarray:
-    """(count, H, W, C) uint8 pictures of the labels (count,)."""
-    batch = min(BATCH, len(labels))
-    starts = range(0, len(labels), batch)
-    drawn = [generate(params, np.resize(labels[i:], batch), image_keys(0, i, batch)) for i in starts]
-    return np.concatenate([np.asarray(images) for images in drawn])[: len(labels)]

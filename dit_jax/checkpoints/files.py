@@ -218,6 +218,7 @@ def _open_run(path: Path, weights: str, shardings: Shardings | None) -> Weights:
         run["diffusion"],
         run["sample"],
         fields["class_names"],
+        run.get("context", ""),
         weights=weights,
         autoencoder=fields.get("autoencoder"),
         step=step,

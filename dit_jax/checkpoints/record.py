@@ -18,6 +18,8 @@ class Record:
     sample: dict[str, Any]
     """How to draw from it unless told otherwise: the fields of `config.sample`."""
     class_names: list[str]
+    context: str = ""
+    """What it is told beside the label: `config.context`."""
     weights: str | None = None
     """"ema" for averaged weights, "model" for raw ones, None where a file does not say."""
     autoencoder: dict[str, Any] | None = None

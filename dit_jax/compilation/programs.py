@@ -56,7 +56,7 @@ def lower_train(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     elif codec.config:
         prepare = choose_and_draw(codec.about(), config.data.flip)
         x = jax.ShapeDtypeStruct((B, 2, S, S, 2 * C), jnp.float16, sharding=rows)
-    batch = {"x": x, "y": jax.ShapeDtypeStruct((B,), jnp.int32, sharding=rows)}
+    batch = {"x": x, "y": jax.ShapeDtypeStruct((B,), jnp.int32, sharding=rows)} | context_of(model, B, rows)
     return make_train_step(config, mesh, prepare).lower(abstract_state(config, mesh), batch, frozen)
 
 
@@ -65,7 +65,8 @@ def lower_sample(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     generate = make_program(model, config.diffusion, codec, **config.sample)
     labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.batch_size))
-    return generate.lower(replicated(abstract_dit(model)[1], mesh), replicated(codec.params, mesh), labels, keys)
+    params, context = replicated(abstract_dit(model)[1], mesh), context_of(model, config.batch_size)
+    return generate.lower(params, replicated(codec.params, mesh), labels, keys, **context)
 
 
 def lower_encode(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
@@ -79,6 +80,17 @@ def lower_encode(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
 
 
 PROGRAMS = {"train": lower_train, "sample": lower_sample, "encode": lower_encode}
+
+
+def context_of(model: DiTConfig, count: int, sharding: NamedSharding | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Condition tokens and their mask for so many images; nothing if the model takes none."""
+    if not model.context_features:
+        return {}
+    L, F = model.context_tokens, model.context_features
+    return {
+        "context": jax.ShapeDtypeStruct((count, L, F), jnp.float32, sharding=sharding),
+        "context_mask": jax.ShapeDtypeStruct((count, L), bool, sharding=sharding),
+    }
 
 
 def codec_of(config: ConfigDict) -> Codec:

@@ -13,10 +13,11 @@ from grain.experimental import index_shuffle
 
 from dit_jax.data.sources import CorruptImageError, Source
 from dit_jax.data.transforms import normalise, to_pixels
+from dit_jax.data.words import Words
 from dit_jax.errors import InputError
 
 Batch = dict[str, Any]
-Record = dict[str, Any]  # {"x": float32 (S, S, C) or moments, "y": int, "skipped": int}
+Record = dict[str, Any]  # {"x": float32 (S, S, C) or moments, "y": int, "skipped": int}, and a context
 
 BATCHES_AHEAD = 2
 READ_SIZE = 16  # records at most: few, to end soon when closed; several, for Grain's own cost a read
@@ -66,8 +67,9 @@ class Loader:
       source: the labelled images.
       image_size: side of the square images, pixels; `center_crop` makes them.
       batch_size: rows of the global batch, over all processes.
-      seed: of the order and of the flips.
+      seed: of the order, the flips and the phrases.
       flip: mirror each image left to right with probability 1/2.
+      context: what tells the model of an image beside its label.
       skip_corrupt: put the next readable record in the place of one that cannot be decoded, and count it in `skipped`,
         instead of stopping with CorruptImageError.
       threads: readers in this process; Pillow decodes and resizes without holding Python's lock.
@@ -89,6 +91,7 @@ class Loader:
         batch_size: int,
         seed: int,
         flip: bool = False,
+        context: Words | None = None,
         skip_corrupt: bool = False,
         threads: int = 4,
         sharding: jax.sharding.Sharding | None = None,
@@ -113,11 +116,12 @@ class Loader:
         read_size = math.gcd(len(self.rows), READ_SIZE)
         self.reads_per_batch = len(self.rows) // read_size
         records = Records(source, image_size, skip_corrupt)
-        self.reads = grain.MapDataset.source(_Reads(records, batch_size, self.rows, seed, flip, read_size))
+        self.reads = grain.MapDataset.source(_Reads(records, batch_size, self.rows, seed, flip, context, read_size))
 
     def batches(self, start_step: int) -> closing[Iterator[Batch]]:
         """Batches from `start_step` on, found without reading those before: {"x": (b, H, W, C) float32 in [-1, 1],
-        "y": (b,) int32}, global jax.Arrays with b = batch_size given a sharding, numpy rows of this process otherwise.
+        "y": (b,) int32}, with a context also {"context": (b, L, F) float32, "context_mask": (b, L) bool}; global
+        jax.Arrays with b = batch_size given a sharding, numpy rows of this process otherwise.
 
             with loader.batches(start_step) as batches:
                 batch = next(batches)
@@ -157,11 +161,13 @@ class _Reads:
     rows: list[int]
     seed: int
     flip: bool
+    context: Words | None
     read_size: int  # divides the number of rows
 
     def __post_init__(self):
         # Epoch e is shuffled with a seed plus e: without the mixing, seeds 0 and 1 would share all epochs but one.
-        self.shuffle_seed, self.flip_seed = (int(s) for s in np.random.SeedSequence(self.seed).generate_state(2))
+        seeds = np.random.SeedSequence(self.seed).generate_state(3)
+        self.shuffle_seed, self.flip_seed, self.context_seed = (int(seed) for seed in seeds)
 
     def __len__(self) -> int:
         return 2**58  # without end, but Grain asks for a number
@@ -175,15 +181,25 @@ class _Reads:
         seed = (self.shuffle_seed + epoch) % 2**32
         shuffled = index_shuffle(place_in_epoch, max_index=len(self.records) - 1, seed=seed, rounds=4)
         record = self.records[shuffled]
-        if self.flip and np.random.SeedSequence((self.flip_seed, place)).generate_state(1)[0] & 1:
+        if self.flip and _chance(self.flip_seed, place) & 1:
             record = record | {"x": record["x"][:, ::-1]}
+        if self.context is not None:
+            record = record | self.context.of_record(record["y"], _chance(self.context_seed, place))
         return record
+
+
+def _chance(seed: int, place: int) -> int:
+    """A number of 32 bits, a function of its arguments."""
+    return int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
 
 
 def _stack(reads: Sequence[list[Record]]) -> Batch:
     records = [record for read in reads for record in read]
     columns = {name: [record[name] for record in records] for name in records[0]}
-    return {name: np.stack(column) if name == "x" else np.array(column, np.int32) for name, column in columns.items()}
+    return {
+        name: np.stack(column) if isinstance(column[0], np.ndarray) else np.array(column, np.int32)
+        for name, column in columns.items()
+    }
 
 
 def _block_of_rows(batch_size: int, index: int, count: int) -> list[int]:

@@ -11,23 +11,32 @@ from dit_jax.diffusion.gaussian import Denoiser, GaussianDiffusion
 from dit_jax.errors import InputError
 
 
-def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: int | None = 3) -> Denoiser:
-    """A denoiser with the labels bound, pushed away from what the model draws without a label.
+def guided(
+    model: Any,
+    y: jax.Array,
+    scale: float | jax.Array = 4.0,
+    channels: int | None = 3,
+    context: jax.Array | None = None,
+    context_mask: jax.Array | None = None,
+) -> Denoiser:
+    """A denoiser with the conditions bound, pushed away from what the model draws without label and context.
 
     epsilon = unconditional + scale * (conditional - unconditional) (Ho & Salimans 2022, eq. 6, w = scale - 1), on the
     first `channels` noise channels; the other noise channels and those of the variance are the conditional ones.
     Both halves run as one batch, each image next to itself, so that on a mesh no image leaves its device.
 
-    model: called as `model(x, t, y)`; its `config` tells in_channels, num_classes (the null class's id) and
-        class_dropout_prob.
+    model: called as `model(x, t, y)`, with a context as `model(x, t, y, context, context_mask)`; its `config` tells
+        in_channels, num_classes (the null class's id) and class_dropout_prob.
     y: (B,) labels.
     scale: 1 is no guidance, and as a Python number costs no second half.
     channels: 3 as DiT was released; None, or more than there are, guides all.
+    context, context_mask: (B, L, F) condition tokens and (B, L) bool, which there are; None: all.
     Raises InputError when the model has no null class and scale is not 1.
     """
     config, y = model.config, jnp.asarray(y)
+    told = () if context is None else (context, _mask_of(context, context_mask))
     if _is_one(scale):
-        return lambda x, t: model(x, t, y)
+        return lambda x, t: model(x, t, y, *told)
     if config.class_dropout_prob == 0:
         raise InputError(
             f"guidance scale is {scale}, but this model has no null class (class_dropout_prob=0); "
@@ -37,9 +46,13 @@ def guided(model: Any, y: jax.Array, scale: float | jax.Array = 4.0, channels: i
         raise InputError(f"channels is {channels}; expected the number of guided channels, or None for all.")
     count = config.in_channels if channels is None else min(channels, config.in_channels)
     labels = jnp.stack([y, jnp.full_like(y, config.num_classes)], axis=1).reshape(-1)
+    if told:
+        context, mask = told
+        masks = jnp.stack([mask, jnp.zeros_like(mask)], axis=1).reshape(-1, mask.shape[1])
+        told = (jnp.repeat(context, 2, axis=0), masks)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        output = model(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), labels)
+        output = model(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), labels, *told)
         # float32 before the difference, which the scale then magnifies.
         pairs = output.astype(jnp.float32).reshape(-1, 2, *output.shape[1:])
         conditional, unconditional = pairs[:, 0], pairs[:, 1]
@@ -56,14 +69,17 @@ def guided_within(
     y: jax.Array,
     scale: float | jax.Array = 4.0,
     channels: int | None = 3,
+    context: jax.Array | None = None,
+    context_mask: jax.Array | None = None,
 ) -> list[Denoiser]:
     """A denoiser for each step of a process, for the samplers: guided in an interval of noise levels only, and outside
     it without the second half (Kynkäänniemi et al. 2024, eq. 5).
 
     interval: see `guided_steps`. Other arguments: see `guided`.
     """
-    within, outside = guided_steps(interval, diffusion), guided(model, y, 1)
-    inside = outside if _is_one(scale) else guided(model, y, scale, channels)
+    within, told = guided_steps(interval, diffusion), (context, context_mask)
+    outside = guided(model, y, 1, channels, *told)
+    inside = outside if _is_one(scale) else guided(model, y, scale, channels, *told)
     return [inside if chosen else outside for chosen in within]
 
 
@@ -88,6 +104,10 @@ def guided_steps(interval: Sequence[float], diffusion: GaussianDiffusion) -> np.
             f"{levels[0]:.3g} to {levels[-1]:.3g}"
         )
     return chosen
+
+
+def _mask_of(context: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return jnp.ones(context.shape[:2], bool) if mask is None else jnp.asarray(mask)
 
 
 def _is_one(scale: float | jax.Array) -> bool:

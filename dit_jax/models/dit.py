@@ -111,12 +111,8 @@ class DiT(nnx.Module):
         config, (B, size) = self.config, (len(x), self.config.input_size)
         if x.shape[1:] != (size, size, config.in_channels):
             raise InputError(f"x has shape {x.shape}; this DiT expects (batch, {size}, {size}, {config.in_channels})")
-        if context is not None and context.shape[::2] != (B, config.context_features):
-            raise InputError(
-                f"context has shape {context.shape}; this DiT expects ({B}, tokens, {config.context_features})"
-                if config.context_features
-                else "this DiT takes no context: config.model.context_features is 0"
-            )
+        if context is not None and not config.context_features:
+            raise InputError("this DiT takes no context: config.model.context_features is 0")
         embedders = (self.x_embedder, self.t_embedder, self.y_embedder, self.context_embedder)
         x_embedder, t_embedder, y_embedder, context_embedder = gather_parameters(embedders)
         t_and_y = t_embedder(t), y_embedder(y)
@@ -124,11 +120,7 @@ class DiT(nnx.Module):
         tokens = shard_batch(x_embedder(x))
         seen = []  # (tokens, mask)
         if context_embedder is not None:
-            if context is None:
-                context, context_mask = jnp.zeros((B, 1, config.context_features)), jnp.zeros((B, 1), bool)
-            if context_mask is None:
-                context_mask = jnp.ones(context.shape[:2], bool)
-            seen.append((context_embedder(context), context_mask))
+            seen.append(context_embedder(B, context, context_mask))
         if config.block == "cross-attention":
             seen.append((jnp.stack(t_and_y, axis=1), jnp.ones((B, 2), bool)))
         if config.block == "in-context":
@@ -374,13 +366,22 @@ class ContextEmbedder(nnx.Module):
     """Condition tokens of any kind at the hidden width, each with its place in the sequence added."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        features, width = config.context_features, config.hidden_size
-        self.mlp = Mlp(features, width, width, activation=gelu_tanh, rngs=rngs)
+        self.longest, self.features = config.context_tokens, config.context_features
+        self.mlp = Mlp(self.features, config.hidden_size, config.hidden_size, activation=gelu_tanh, rngs=rngs)
 
-    def __call__(self, context: jax.Array) -> jax.Array:
-        """context: (B, L, context_features) -> (B, L, D) float32."""
+    def __call__(self, B: int, context: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """context: (B, L, context_features), mask: (B, L) bool -> (B, L, D) float32, and the mask."""
+        if context is None or context.shape == (B, 0, self.features):
+            context, mask = jnp.zeros((B, 1, self.features)), jnp.zeros((B, 1), bool)
+        mask = jnp.ones(context.shape[:2], bool) if mask is None else mask
+        length = mask.shape[-1]
+        if context.shape != (B, length, self.features) or mask.shape != (B, length) or length > self.longest:
+            raise InputError(
+                f"context has shape {context.shape} and its mask {mask.shape}; this DiT expects ({B}, L, "
+                f"{self.features}) and ({B}, L), L at most {self.longest}"
+            )
         tokens = self.mlp(context)
-        return tokens + sincos_table(tokens.shape[-1], tokens.shape[1]).astype(np.float32)
+        return tokens + sincos_table(tokens.shape[-1], length).astype(np.float32), mask
 
 
 @lru_cache

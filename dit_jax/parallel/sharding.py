@@ -14,6 +14,10 @@ TOKENS = P(("data", "fsdp"), None, "tensor")  # (B, N, features), split by heads
 TENSOR_AXIS = {
     "attn/qkv/kernel": -1,
     "attn/qkv/bias": -1,
+    "attn/q/kernel": -1,  # of cross-attention
+    "attn/q/bias": -1,
+    "attn/kv/kernel": -1,
+    "attn/kv/bias": -1,
     "attn/proj/kernel": -2,
     "mlp/fc1/kernel": -1,
     "mlp/fc1/bias": -1,

@@ -37,19 +37,26 @@ class Collection(Protocol):
 
 
 def open_collection(
-    path: str | Path, labels: np.ndarray, class_names: Sequence[str], settings: dict[str, Any]
+    path: str | Path,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    settings: dict[str, Any],
+    prompts: Sequence[str] = (),
 ) -> Collection:
     """The collection of the form that the end of `path` names, with what an interrupted run has left of it.
 
     `.png`: one captioned grid. `.npz`: an `Archive`. Anything else: a `PictureFolder`.
 
-    labels: (count,), of every picture. settings: all that decides what the pictures are, as JSON has it.
+    labels: (count,), of every picture. settings: all that decides what the pictures are, as JSON has it. prompts: of
+    every picture, from a model that draws from words.
     Raises InputError if the place cannot be written to, or was begun with other settings.
     """
     path = Path(path)
     if path.suffix == ".png":
-        return Grid(path, [class_names[label] for label in labels])
-    return (Archive if path.suffix == ".npz" else PictureFolder)(path, labels, settings)
+        return Grid(path, prompts or [class_names[label] for label in labels])
+    if path.suffix == ".npz":
+        return Archive(path, {"labels": labels} | ({"prompts": np.array(prompts)} if prompts else {}), settings)
+    return PictureFolder(path, [prompt.replace(" ", "-") for prompt in prompts] or labels, settings)
 
 
 def check_destination(path: str | Path) -> None:
@@ -59,18 +66,19 @@ def check_destination(path: str | Path) -> None:
 
 
 class Archive:
-    """An .npz as the ADM suite reads it: `arr_0` (count, H, W, C) uint8; besides it `labels` (count,) and `settings`,
-    JSON as a 0-d array of text.
+    """An .npz as the ADM suite reads it: `arr_0` (count, H, W, C) uint8; besides it `labels` (count,), `prompts`
+    (count,) if there are any, and `settings`, JSON as a 0-d array of text.
 
     Until it is complete, its parts lie in a folder beside it, `NAME.npz.parts`. The file itself is put together from
     them one at a time, so that memory does not grow with the number of pictures; while that happens, both are on disk.
     """
 
-    def __init__(self, path: Path, labels: np.ndarray, settings: dict[str, Any]):
-        self.path, self.labels, self.settings = path, labels, json.loads(json.dumps(settings))
+    def __init__(self, path: Path, conditions: dict[str, np.ndarray], settings: dict[str, Any]):
+        self.path, self.conditions, self.settings = path, conditions, json.loads(json.dumps(settings))
+        self.count = len(conditions["labels"])
         self.folder = path.with_name(f"{path.name}.parts")
         self._pieces: dict[int, list[np.ndarray]] = {}
-        self._done = set(range(math.ceil(len(labels) / PART)))
+        self._done = set(range(math.ceil(self.count / PART)))
         if not self._is_complete():
             _begin(self.folder, self.settings, self.folder / SETTINGS)
             self._done = {part for part in self._done if self._is_whole(part)}
@@ -79,7 +87,7 @@ class Archive:
         return any(part not in self._done for part in self._parts(indices))
 
     def add(self, first: int, images: np.ndarray) -> None:
-        indices = range(first, min(first + len(images), len(self.labels)))
+        indices = range(first, min(first + len(images), self.count))
         for part in self._parts(indices):
             if part not in self._done:
                 bounds = self._bounds(part)
@@ -93,7 +101,7 @@ class Archive:
             with replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 with archive.open(_entry("arr_0.npy"), "w", force_zip64=True) as entry:
                     self._stream(entry)
-                for name, array in (("labels", self.labels), ("settings", np.array(json.dumps(self.settings)))):
+                for name, array in (self.conditions | {"settings": np.array(json.dumps(self.settings))}).items():
                     with archive.open(_entry(f"{name}.npy"), "w") as entry:
                         np.lib.format.write_array(entry, array, allow_pickle=False)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -102,7 +110,7 @@ class Archive:
         for part in sorted(self._done):
             images = np.load(self._file(part))
             if part == 0:
-                shape = (len(self.labels), *images.shape[1:])
+                shape = (self.count, *images.shape[1:])
                 np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": shape})
             entry.write(images)
 
@@ -124,23 +132,23 @@ class Archive:
         self._done.add(part)
 
     def _parts(self, indices: range) -> range:
-        return range(indices.start // PART, math.ceil(min(indices.stop, len(self.labels)) / PART))
+        return range(indices.start // PART, math.ceil(min(indices.stop, self.count) / PART))
 
     def _bounds(self, part: int) -> range:
-        return range(part * PART, min((part + 1) * PART, len(self.labels)))
+        return range(part * PART, min((part + 1) * PART, self.count))
 
     def _file(self, part: int) -> Path:
         return self.folder / f"{part:05d}.npy"
 
 
 class PictureFolder:
-    """A folder with a PNG an image, `000000-3.png`, by index and label, and `settings.json`.
+    """A folder with a PNG an image, `000000-3.png`, by index and label or prompt, and `settings.json`.
 
     A PNG of the settings that is there is whole, and is not drawn again.
     """
 
-    def __init__(self, path: Path, labels: np.ndarray, settings: dict[str, Any]):
-        self.files = [path / f"{i:06d}-{label}.png" for i, label in enumerate(labels)]
+    def __init__(self, path: Path, names: Sequence[Any], settings: dict[str, Any]):
+        self.files = [path / f"{i:06d}-{name}.png" for i, name in enumerate(names)]
         if not (path / SETTINGS).exists() and any(path.glob("*.png")):
             raise InputError(f"{path} holds pictures and no {SETTINGS} that tells which: choose another --out")
         _begin(path, settings, path / SETTINGS)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec
@@ -18,7 +19,9 @@ from dit_jax.parallel.sharding import replicate, shard_batch
 
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm-solver++": dpm_solver_sample}
 
-Generate = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Generate = Callable[..., jax.Array]
+"""(params, labels (B,), keys (B,), and for a model that takes them condition tokens (B, L, F) and their mask (B, L)) ->
+(B, H, W, C) uint8 pictures."""
 
 
 def make_generate(
@@ -27,12 +30,12 @@ def make_generate(
     codec: Codec = IDENTITY,
     **settings: Any,
 ) -> Generate:
-    """A function (params, labels (B,), keys (B,)) -> (B, H, W, C) uint8 pictures; image b depends on its key only.
+    """What draws pictures; image b depends on its conditions and its key only.
 
     All of it, the decoding too, is one compiled program: `make_program`, whose arguments these are.
     """
     generate = make_program(config, process, codec, **settings)
-    return lambda params, labels, keys: generate(params, codec.params, labels, keys)
+    return lambda params, labels, keys, *context: generate(params, codec.params, labels, keys, *context)
 
 
 def make_program(
@@ -47,7 +50,7 @@ def make_program(
     clip_denoised: bool,
     guidance_interval: Sequence[float] = (),
 ) -> Callable[..., jax.Array]:
-    """The jitted (params, decoder's params, labels (B,), keys (B,)) -> (B, H, W, C) uint8.
+    """The jitted (params, decoder's params, labels (B,), keys (B,), and tokens and mask) -> (B, H, W, C) uint8.
 
     Args:
         config: the model's.
@@ -69,9 +72,19 @@ def make_program(
     shape = (config.input_size, config.input_size, config.in_channels)
 
     @jax.jit
-    def generate(params: Any, decoder: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
+    def generate(
+        params: Any,
+        decoder: Any,
+        labels: jax.Array,
+        keys: jax.Array,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+    ) -> jax.Array:
         model = nnx.merge(graph, params)
-        denoise = guided_within(guidance_interval, diffusion, model, labels, guidance, guidance_channels or None)
+        if config.num_classes == 1:
+            labels = jnp.zeros_like(labels)  # an unconditional model, whatever classes its context names
+        conditions = (labels, guidance, guidance_channels or None, context, context_mask)
+        denoise = guided_within(guidance_interval, diffusion, model, *conditions)
         x_T = shard_batch(initial_noise(keys, shape))
         latents = SAMPLERS[sampler](diffusion, denoise, x_T, keys, clip_denoised=clip_denoised)
         return replicate(codec.decode(decoder, latents, to_uint8))
@@ -98,6 +111,11 @@ def random_labels(seed: int, count: int, classes: int) -> jax.Array:
     # Folded into an image's key, far above the steps and beside x_T: no noise comes from the same stream.
     draw = lambda key: jax.random.randint(jax.random.fold_in(key, 2**31 - 2), (), 0, classes)  # noqa: E731
     return jax.vmap(draw)(image_keys(seed, 0, count))
+
+
+def in_batches(rows: np.ndarray, batch: int) -> np.ndarray:
+    """rows: (count, ...) -> as many whole batches as hold them, filled up with the first rows again."""
+    return np.resize(rows, (-(-len(rows) // batch) * batch, *rows.shape[1:]))
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

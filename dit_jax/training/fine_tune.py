@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,8 +23,9 @@ from dit_jax.training.state import TrainState, init_state
 def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> TrainState:
     """The state before the first step, its weights and their average those of `config.init_from` if that is set.
 
-    Another number of classes gives a fresh label table, another input size its own positions; each difference is a
-    line on stderr. Raises InputError if the network differs in anything else, or there is nothing to read.
+    Another number of classes gives a fresh label table, another input size its own positions, a context where there was
+    none fresh modules for it, whose cross-attention adds nothing at first; each difference is a line on stderr. Raises
+    InputError if the network differs in anything else, or there is nothing to read.
     """
     state = init_state(config, mesh)
     if not config.init_from:
@@ -36,6 +38,8 @@ def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> T
     fresh, table = state.params["y_embedder"], params["y_embedder"]["embedding_table"]
     if table.shape != fresh["embedding_table"].shape:
         params["y_embedder"] = fresh
+    if ours.context_features > opened.record.model.context_features:
+        params = unflatten_dict(flatten_dict(state.params) | flatten_dict(params))
     for line in differences(opened.record, config, class_names):
         say(f"starting from {opened.origin}: {line}", file=sys.stderr)
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
@@ -45,7 +49,8 @@ def require_same_network(theirs: DiTConfig, ours: DiTConfig, origin: str) -> Non
     """Raise InputError, naming the fields, unless one's weights mean the same in the other."""
     fields = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "learn_sigma")
     fields += ("downscale_freq_shift", "norm2_eps", "head_gate", "head_dim", "qk_norm", "rope", "block")
-    fields += ("context_features",)  # not `attention`: any schedule takes any weights
+    fields += ("context_features",) if theirs.context_features else ()  # a network without a context can be given one
+    # Not `attention`: any schedule takes any weights.
     differing = [
         f"{name}={getattr(theirs, name)} there, {getattr(ours, name)} here"
         for name in fields
@@ -61,6 +66,10 @@ def differences(record: Record, config: ConfigDict, class_names: Sequence[str]) 
     """What a user should know of where the weights were trained in another way than they will be now."""
     theirs, ours = record.model, DiTConfig(**config.model)
     lines = [f"diffusion.{line}" for line in changes(record.diffusion, config.diffusion.to_dict())]
+    if theirs.context_features != ours.context_features:
+        lines.append(f"fresh modules for a context of {ours.context_features} features, which it did not have")
+    if record.context != config.context and theirs.context_features:
+        lines.append(f"context: {record.context!r} -> {config.context!r}")
     if theirs.input_size != ours.input_size:
         lines.append(f"positions for inputs of {ours.input_size}, not {theirs.input_size}")
     if theirs.label_rows != ours.label_rows:

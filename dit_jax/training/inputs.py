@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY, Codec, open_codec, reopen_codec
+from dit_jax.config import DiTConfig
 from dit_jax.data.latents import LatentSource
 from dit_jax.data.sources import Source
+from dit_jax.data.words import Words, open_context
 from dit_jax.errors import InputError
 from dit_jax.models.autoencoder import sample_posterior
 from dit_jax.parallel.sharding import shard_batch
@@ -33,6 +35,8 @@ class Inputs(NamedTuple):
     """What decodes previews and samples to measure; None if it is not here and not needed."""
     autoencoder: dict[str, Any]
     """`Codec.about` of it, for checkpoints."""
+    context: Words | None
+    """What tells the model of an image beside its label, if anything."""
 
 
 def open_inputs(config: ConfigDict, source: Source) -> Inputs:
@@ -40,21 +44,22 @@ def open_inputs(config: ConfigDict, source: Source) -> Inputs:
     if config.latents not in ("", "on_the_fly"):
         raise InputError(f"latents={config.latents!r}: expected on_the_fly, or nothing")
     flip, size = config.data.flip, config.model.input_size
+    context = open_context(config.context, source.class_names, DiTConfig(**config.model))
     if isinstance(source, LatentSource):
         if config.latents:
             raise InputError(f"{source!r} holds latents, and latents={config.latents!r} encodes images: choose one")
         about, shape = source.metadata["autoencoder"], source.metadata["shape"][1:3]
         codec = open_decoder(config.autoencoder, about) if config.preview.every or config.eval.every else None
-        return Inputs(choose_and_draw(about, flip), {}, (*shape, source.channels), size, False, codec, about)
+        return Inputs(choose_and_draw(about, flip), {}, (*shape, source.channels), size, False, codec, about, context)
     if not config.latents:
-        return Inputs(as_read, {}, (size, size, source.channels), size, flip, IDENTITY, IDENTITY.about())
+        return Inputs(as_read, {}, (size, size, source.channels), size, flip, IDENTITY, IDENTITY.about(), context)
     if not config.autoencoder:
         raise InputError("latents='on_the_fly' needs config.autoencoder: a file, folder, or fetched name")
     codec = open_codec(config.autoencoder)
     image_size = size * codec.downsample
     _, height, width, moments = moments_shape(codec, image_size, source.channels)
     shape = (height, width, moments // 2)
-    return Inputs(encode_and_draw(codec), codec.params, shape, image_size, flip, codec, codec.about())
+    return Inputs(encode_and_draw(codec), codec.params, shape, image_size, flip, codec, codec.about(), context)
 
 
 def open_decoder(given: str, about: dict[str, Any]) -> Codec:

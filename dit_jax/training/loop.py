@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax.checkpoints.codec import IDENTITY, Codec
+from dit_jax.checkpoints.codec import IDENTITY
 from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.config import DiTConfig
 from dit_jax.data.loader import Loader
@@ -48,9 +48,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     workdir, frozen = Path(workdir), jax.device_put(inputs.frozen, NamedSharding(mesh, PartitionSpec()))
     train_step, loader = make_train_step(config, mesh, inputs.prepare), make_loader(config, source, inputs, mesh)
     # An unconditional model draws anything, whatever classes its images have.
-    class_names = source.class_names if config.model.num_classes > 1 else ("any",)
-    preview = make_preview(config, class_names, inputs.codec, workdir / "previews")
-    evaluation = make_evaluation(config, mesh, inputs.codec)
+    class_names = source.class_names if config.model.num_classes > 1 or inputs.context else ("any",)
+    preview = make_preview(config, class_names, inputs, workdir / "previews")
+    evaluation = make_evaluation(config, mesh, inputs.codec, inputs.context)
     store = CheckpointStore(
         make_folder(workdir) / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
@@ -127,6 +127,7 @@ def make_loader(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) 
         batch_size=config.batch_size,
         seed=config.seed,
         flip=inputs.flip,
+        context=inputs.context,
         skip_corrupt=config.data.skip_corrupt,
         threads=config.data.threads,
         sharding=batch_sharding(mesh),
@@ -148,15 +149,18 @@ def make_log(config: ConfigDict, workdir: Path, mesh: Mesh, step: int, interval:
 
 
 def make_preview(
-    config: ConfigDict, class_names: Sequence[str], codec: Codec | None, folder: Path
+    config: ConfigDict, class_names: Sequence[str], inputs: Inputs, folder: Path
 ) -> Callable[[int, dict], None]:
     """A function (step, weights) that draws the same images, from the same noise, into `folder` each time."""
-    generate = make_generate(DiTConfig(**config.model), config.diffusion, codec or IDENTITY, **config.sample)
-    labels = np.arange(config.preview.count, dtype=np.int32) % config.model.num_classes
-    captions = [class_names[label] for label in labels]
+    generate = make_generate(DiTConfig(**config.model), config.diffusion, inputs.codec or IDENTITY, **config.sample)
+    labels = np.arange(config.preview.count, dtype=np.int32) % len(class_names)
+    captions, context = [class_names[label] for label in labels], ()
+    if inputs.context:
+        captions = inputs.context.in_turn(labels)
+        context = inputs.context.tokens(captions)
 
     def preview(step: int, params: dict) -> None:
-        images = generate(params, labels, image_keys(config.seed, 0, len(labels)))
+        images = generate(params, labels, image_keys(config.seed, 0, len(labels)), *context)
         if processes.is_first():
             save_grid(folder / f"{step:07d}.png", np.asarray(images), captions)
 

@@ -22,12 +22,15 @@ Prepare = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class Examples(NamedTuple):
-    """A batch with everything random drawn: x (B,H,W,C), y (B,) with labels dropped, t (B,), noise (B,H,W,C)."""
+    """A batch with everything random drawn: x (B,H,W,C), y (B,) with labels dropped, t (B,), noise (B,H,W,C); and for
+    a model that takes them, the condition tokens (B,L,F) and which there are (B,L), none in rows without a label."""
 
     x: jax.Array
     y: jax.Array
     t: jax.Array
     noise: jax.Array
+    context: jax.Array | None = None
+    context_mask: jax.Array | None = None
 
 
 def as_read(frozen: Any, key: jax.Array, x: jax.Array) -> jax.Array:
@@ -38,7 +41,8 @@ def as_read(frozen: Any, key: jax.Array, x: jax.Array) -> jax.Array:
 def make_train_step(
     config: ConfigDict, mesh: Mesh, prepare: Prepare = as_read
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted step (state, batch, frozen) -> (state, metrics); batch is {"x": ..., "y": (B,)}, split over the mesh.
+    """The jitted step (state, batch, frozen) -> (state, metrics); batch is {"x": ..., "y": (B,)}, split over the mesh,
+    with "context" (B, L, F) and "context_mask" (B, L) for a model that takes them.
 
     `prepare(frozen, key, x)` makes x0 (B, H, W, C) of what was read; by default that is x0 itself and nothing is
     frozen. The state is donated, and comes back as it lay on the mesh. All that is random depends on the seed and the
@@ -52,22 +56,27 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         *keys, input_key = jax.random.split(key, 4)
         x = prepare(frozen, input_key, batch["x"])
-        return update(state, draw(keys, x, batch["y"], model_config, diffusion.num_steps))
+        return update(state, draw(keys, batch | {"x": x}, model_config, diffusion.num_steps))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
-def draw(keys: Sequence[jax.Array], x: jax.Array, y: jax.Array, config: DiTConfig, num_steps: int) -> Examples:
-    """Draw the timesteps, the noise and the labels to drop for a batch, each from its key."""
+def draw(keys: Sequence[jax.Array], batch: dict[str, jax.Array], config: DiTConfig, num_steps: int) -> Examples:
+    """Draw the timesteps, the noise and the labels to drop for a batch, each from its key.
+
+    A row without its label is without its context too: guidance pushes away from what knows neither.
+    """
+    x, y, mask = batch["x"], batch["y"], batch.get("context_mask")
     t_key, noise_key, drop_key = keys
     t = jax.random.randint(t_key, y.shape, 0, num_steps)
     noise = jax.random.normal(noise_key, x.shape)
     dropped = jax.random.bernoulli(drop_key, config.class_dropout_prob, y.shape)
     if config.num_classes == 1:
         y = jnp.zeros_like(y)  # an unconditional model, whatever classes its images have
-    return Examples(x, jnp.where(dropped, config.num_classes, y), t, shard_batch(noise))
+    mask = None if mask is None else mask & ~dropped[:, None]
+    return Examples(x, jnp.where(dropped, config.num_classes, y), t, shard_batch(noise), batch.get("context"), mask)
 
 
 def make_update(
@@ -82,7 +91,7 @@ def make_update(
 
         def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
             nonlocal gates
-            out, gates = model.with_gates(x, t, examples.y)
+            out, gates = model.with_gates(x, t, examples.y, examples.context, examples.context_mask)
             return out
 
         terms = diffusion.losses(denoise, examples.x, examples.t, examples.noise)

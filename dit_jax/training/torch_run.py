@@ -53,6 +53,7 @@ def export_run(workdir: str | Path, path: Path) -> int:
         config.diffusion.to_dict(),
         config.sample.to_dict(),
         restored.record["class_names"],
+        config.get("context", ""),
         autoencoder=restored.record.get("autoencoder"),
         step=restored.step,
         source=Path(workdir).name,

@@ -21,6 +21,11 @@ from dit_jax.models.dit import abstract_dit
         TINY,
         dataclasses.replace(TINY, num_classes=1, class_dropout_prob=0, learn_sigma=False),
         dataclasses.replace(TINY, input_size=9, patch_size=3, in_channels=1, num_classes=17, mlp_ratio=2.5),
+        dataclasses.replace(TINY, context_features=6, context_tokens=5),
+        dataclasses.replace(TINY, block="adaLN"),
+        dataclasses.replace(TINY, block="cross-attention"),
+        dataclasses.replace(TINY, block="cross-attention", context_features=6, context_tokens=5),
+        dataclasses.replace(TINY, block="in-context"),
     ],
 )
 def test_output_and_gradients_are_those_of_the_pytorch_twin(config):
@@ -31,11 +36,14 @@ def test_output_and_gradients_are_those_of_the_pytorch_twin(config):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, config.in_channels, config.input_size, config.input_size), dtype=np.float32)
     t, y = np.array([0, 400, 999]), np.array([0, 1, 2]) % config.num_classes
-    theirs = network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(y))
+    context = ()
+    if config.context_features:
+        context = (rng.standard_normal((3, 5, 6), dtype=np.float32), np.arange(5) < np.array([[1], [5], [3]]))
+    theirs = network(*map(torch.from_numpy, (x, t, y, *context)))
     theirs.square().sum().backward()
 
     def loss(model):
-        out = model(np.moveaxis(x, 1, -1), t, y)
+        out = model(np.moveaxis(x, 1, -1), t, y, *context)
         return jnp.square(out).sum(), out
 
     grads, ours = nnx.grad(loss, has_aux=True)(DiT.from_state_dict(config, weights))

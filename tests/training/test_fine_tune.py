@@ -1,14 +1,16 @@
 """A run that starts from weights: what it keeps, what it makes anew and says, what it refuses."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from goldens.cases import seeded_dit
 from ml_collections import ConfigDict
 
-from dit_jax import DiTConfig, save_dit
+from dit_jax import DiTConfig, load_dit, save_dit
 from dit_jax.config import base_config
+from dit_jax.data.words import Words
 from dit_jax.errors import InputError
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.mesh import make_mesh
@@ -83,6 +85,35 @@ def test_another_input_size_gives_new_positions_and_says_so(weights, capsys):
 def test_another_process_is_told(weights, capsys):
     start(weights[0] / "a.pt", **{"diffusion.schedule": "squaredcos_cap_v2"})
     assert "diffusion.schedule: 'linear' -> 'squaredcos_cap_v2'" in capsys.readouterr().err
+
+
+CONTEXT = {"model.context_features": 27, "model.context_tokens": 16, "context": "words"}
+
+
+@pytest.mark.parametrize("mesh", [None, dict(data=2, fsdp=2, tensor=2)], ids=["one device", "mesh"])
+@pytest.mark.parametrize("name", ["a.safetensors", "orbax"])
+def test_a_model_that_is_given_a_context_begins_with_exactly_its_old_output(weights, name, mesh, capsys):
+    folder, theirs = weights
+    config, state = start(folder / name, mesh, **CONTEXT)
+    assert "fresh modules for a context of 27 features, which it did not have" in capsys.readouterr().err
+    context = Words(NAMES, 16).tokens(["three", "a five", "draw an eight"])
+    x, t, y = np.random.default_rng(0).standard_normal((3, 8, 8, 4)), np.array([0, 500, 999]), np.array([3, 5, 10])
+    before = load_dit(folder / name)
+    after = nnx.merge(abstract_dit(DiTConfig(**config.model))[0], jax.tree.map(jnp.asarray, jax.device_get(state.ema)))
+    np.testing.assert_array_equal(after(x, t, y, *context), before(x, t, y))
+    ours = after.to_state_dict()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    assert ours["blocks.1.cross_attn.q.weight"].std() > 0.05 and ours["context_embedder.mlp.0.weight"].std() > 0.05
+
+
+def test_a_model_that_has_a_context_keeps_it(tmp_path):
+    told = DiTConfig(**a_config(**CONTEXT).model)
+    save_dit(seeded_dit(told), tmp_path / "told.safetensors")
+    config, state = start(tmp_path / "told.safetensors", **CONTEXT)
+    theirs = load_dit(tmp_path / "told.safetensors").to_state_dict()
+    assert all(np.array_equal(value, theirs[key]) for key, value in state_dict(config, state.params).items())
+    with pytest.raises(InputError, match="context_features=27 there, 0 here"):
+        start(tmp_path / "told.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,20 @@ def batch(step: int, rows: int = 16) -> dict[str, np.ndarray]:
     return {"x": rng.standard_normal((rows, 8, 8, 4), dtype=np.float32), "y": np.arange(rows, dtype=np.int32) % 10}
 
 
-def run(config: ConfigDict, devices: int = 1, steps: int = 5):
+def told_batch(step: int) -> dict[str, np.ndarray]:
+    """The same batch with condition tokens, of which each row has 0 to 3."""
+    context = np.random.default_rng(step).standard_normal((16, 3, 5), dtype=np.float32)
+    return batch(step) | {"context": context, "context_mask": np.arange(3) < np.arange(16)[:, None] % 4}
+
+
+def run(config: ConfigDict, devices: int = 1, steps: int = 5, batch=batch):
     """(losses, final state) of a few steps on the config's mesh over the first `devices` CPU devices."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         state = init_state(config, mesh)
         # A network that is zero at the start hides mistakes in its blocks.
-        state = state.replace(params=jax.tree.map(lambda a: a + 0.02, state.params))
+        kicked = jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), state.params)
+        state = state.replace(params=kicked)
         step = make_train_step(config, mesh)
         losses = []
         for i in range(steps):
@@ -112,6 +119,34 @@ def test_heads_and_mlp_features_are_split_over_the_tensor_axis():
     assert block["mlp"]["fc1"]["kernel"].sharding.spec[0] is None  # the depth of the stack is never split
 
 
+def unseen(step: int) -> dict[str, np.ndarray]:
+    return told_batch(step) | {"context_mask": np.zeros((16, 3), bool)}
+
+
+TOLD = {"model.context_features": 5, "model.context_tokens": 3, "model.num_classes": 1}
+
+
+@pytest.fixture(scope="module")
+def told_on_one_device():
+    return run(tiny_config(**TOLD), batch=told_batch)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_with_a_context_every_mesh_gives_the_losses_of_one_device(shape, told_on_one_device):
+    mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    losses, state = run(tiny_config(**TOLD, mesh=mesh), devices=8, batch=told_batch)
+    np.testing.assert_allclose(losses, told_on_one_device[0], rtol=1e-5)
+    blind, _ = run(tiny_config(**TOLD), steps=1, batch=unseen)
+    assert abs(blind[0] - losses[0]) > 1e-4, "the context is seen"
+    kernel = state.params["blocks"]["cross_attn"]["kv"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[-1] == 64 // shape[2]
+
+
+def test_parts_of_a_batch_keep_their_context(told_on_one_device):
+    losses, _ = run(tiny_config(**TOLD, accumulate=4), batch=told_batch)
+    np.testing.assert_allclose(losses, told_on_one_device[0], rtol=1e-5)
+
+
 def test_accumulation_changes_no_result(on_one_device):
     losses, state = run(tiny_config(accumulate=4))
     np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
@@ -154,11 +189,27 @@ def test_the_state_is_donated():
 
 def test_draws_are_new_each_step_and_each_image():
     config = DiTConfig(**tiny_config().model)
-    x, y = jnp.zeros((512, 2, 2, 1)), jnp.zeros(512, jnp.int32)
-    first, second = (draw(jax.random.split(jax.random.key(i), 3), x, y, config, 1000) for i in (0, 1))
+    rows = {"x": jnp.zeros((512, 2, 2, 1)), "y": jnp.zeros(512, jnp.int32)}
+    first, second = (draw(jax.random.split(jax.random.key(i), 3), rows, config, 1000) for i in (0, 1))
     assert (first.t != second.t).mean() > 0.99 and len(np.unique(first.noise)) > 2000
     assert first.t.min() < 20 and first.t.max() > 980
     assert (first.y == 10).mean() == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("classes", [10, 1])
+def test_a_row_whose_label_is_dropped_has_no_context_and_the_others_keep_theirs(classes):
+    config = DiTConfig(**tiny_config(**{"model.num_classes": classes, "model.class_dropout_prob": 0.3}).model)
+    rows = {"x": jnp.zeros((512, 2, 2, 1)), "y": jnp.arange(512) % 10, "context": jnp.ones((512, 3, 5))}
+    rows["context_mask"] = jnp.arange(3) < 2 + jnp.zeros((512, 1))
+    keys = jax.random.split(jax.random.key(0), 3)
+    examples = draw(keys, rows, config, 1000)
+    dropped = np.asarray(examples.y) == classes
+    assert dropped.mean() == pytest.approx(0.3, abs=0.06)
+    assert np.array_equal(examples.y[~dropped], rows["y"][~dropped] * (classes > 1))
+    mask = np.asarray(examples.context_mask)
+    assert not mask[dropped].any() and (mask[~dropped] == [True, True, False]).all()
+    without = draw(keys, {"x": rows["x"], "y": rows["y"]}, config, 1000)
+    assert np.array_equal(without.y, examples.y) and without.context is None and without.context_mask is None
 
 
 def test_clipping_bounds_the_update_but_not_the_reported_norm():
