@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
-from dit_jax.models.dit import DiT, abstract_dit, sincos_positions
+from dit_jax.models.dit import DiT, abstract_dit
+from dit_jax.models.positions import sincos_positions
 
 Leaf = tuple[str, np.ndarray]
 """A parameter of ours: its path, such as `blocks/attn/qkv/kernel`, and its values."""

@@ -1,16 +1,14 @@
 """Multi-head attention: of the patches among themselves, and from them to a sequence of condition tokens."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dit_jax.config import DiTConfig
 from dit_jax.models.kernels import dot_product_attention
 from dit_jax.models.layers import Linear, RMSNorm, zeros
 from dit_jax.models.local_attention import Attend
+from dit_jax.models.positions import rotated
 
 
 class SelfAttention(nnx.Module):
@@ -92,25 +90,3 @@ class CrossAttention(nnx.Module):
         heads = dot_product_attention(q, k, v, mask[:, None, None, :])
         out = self.proj(heads.swapaxes(1, 2).reshape(B, N, -1))
         return jnp.where(mask.any(axis=1)[:, None, None], out, 0)
-
-
-def rotated(x: jax.Array) -> jax.Array:
-    """x: (B, N, H, d) queries or keys of the N patches of a square, row by row -> the same, turned by their places.
-
-    The first half of a head turns with the column, the second with the row, as our fixed positions have it; feature i
-    turns with feature i + d/4 by the angle place * 10000^(-i / (d/4)) (Su et al. 2021, eq. 15, for two dimensions).
-    """
-    B, N, H, d = x.shape
-    cos, sin = (table[:, None] for table in rotary_table(d, N))
-    first, second = jnp.split(x.astype(jnp.float32).reshape(B, N, H, 2, d // 2), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).reshape(x.shape)
-
-
-@lru_cache
-def rotary_table(head_dim: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines (N, 2, d/4) float32 of the angles, by column and by row."""
-    side = round(tokens**0.5)
-    omega = 10000.0 ** -(np.arange(head_dim // 4) / (head_dim // 4))
-    angles = np.arange(side)[:, None] * omega
-    both = np.stack([np.tile(angles, (side, 1)), np.repeat(angles, side, axis=0)], axis=1)
-    return np.cos(both).astype(np.float32), np.sin(both).astype(np.float32)

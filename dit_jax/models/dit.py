@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from dit_jax.models.layers import (
     zeros,
 )
 from dit_jax.models.local_attention import Attend, make_attend
+from dit_jax.models.positions import sincos_positions, sincos_table
 from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
@@ -382,23 +382,3 @@ class ContextEmbedder(nnx.Module):
             )
         tokens = self.mlp(context)
         return tokens + sincos_table(tokens.shape[-1], length).astype(np.float32), mask
-
-
-@lru_cache
-def sincos_positions(hidden_size: int, side: int) -> np.ndarray:
-    """Fixed 2-D positions of a square of side x side patches -> (side * side, hidden_size) float32.
-
-    The first half of the channels encodes the column, the second the row; each is [sin, cos] over falling
-    frequencies (Vaswani et al. 2017, sec. 3.5, in two dimensions). Computed in float64.
-    """
-    axis = sincos_table(hidden_size // 2, side)
-    columns, rows = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)
-    return np.concatenate([columns, rows], axis=1).astype(np.float32)
-
-
-def sincos_table(features: int, length: int) -> np.ndarray:
-    """Fixed positions of a sequence: (length, features) float64, [sin, cos] over falling frequencies."""
-    half = features // 2
-    omega = 10000.0 ** -(np.arange(half) / half)
-    angles = np.arange(length)[:, None] * omega
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -15,6 +15,8 @@ from dit_jax.models.kernels import dot_product_attention
 Attend = Callable[[jax.Array, int], jax.Array]
 """(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
 
+Array = jax.Array | np.ndarray
+
 
 def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Attend:
     """What computes a kind of attention; `everywhere` is the kernel of global attention."""
@@ -93,9 +95,10 @@ def _blocks(kind: AttentionKind, side: int, shifted: bool) -> tuple[Callable, Ca
     tiles = -(-side // size)
     more = tiles * size - side
 
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, more), (0, more), *[(0, 0)] * (x.ndim - 3)))
-        x = jnp.roll(x, (shift, shift), (1, 2)) if shift else x
+    def cut(x: Array) -> Array:
+        xp = jnp if isinstance(x, jax.Array) else np
+        x = xp.pad(x, ((0, 0), (0, more), (0, more), *[(0, 0)] * (x.ndim - 3)))
+        x = xp.roll(x, (shift, shift), (1, 2)) if shift else x
         x = x.reshape(len(x), tiles, size, tiles, size, *x.shape[3:]).swapaxes(2, 3)
         return x.reshape(len(x), tiles**2, size**2, *x.shape[5:])
 
@@ -110,9 +113,10 @@ def _blocks(kind: AttentionKind, side: int, shifted: bool) -> tuple[Callable, Ca
     region = _region(kind, side)
     firsts = [int(np.clip(tile * size - size // 2, 0, side - region)) for tile in range(tiles)]
 
-    def cut_regions(x: jax.Array) -> jax.Array:
-        x = jnp.stack([x[:, first : first + region] for first in firsts], axis=1)
-        x = jnp.stack([x[:, :, :, first : first + region] for first in firsts], axis=2)
+    def cut_regions(x: Array) -> Array:
+        xp = jnp if isinstance(x, jax.Array) else np
+        x = xp.stack([x[:, first : first + region] for first in firsts], axis=1)
+        x = xp.stack([x[:, :, :, first : first + region] for first in firsts], axis=2)
         return x.reshape(len(x), tiles**2, region**2, *x.shape[5:])
 
     return cut, join, cut_regions
@@ -125,9 +129,8 @@ def _block_mask(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray | N
     What fills up a block attends to itself alone, and nothing attends to it.
     """
     cut_queries, _, cut_keys = _blocks(kind, side, shifted)
-    with jax.ensure_compile_time_eval():
-        tokens = 1 + jnp.arange(side**2).reshape(1, side, side)  # 0 fills up
-        queries, keys = (np.asarray(cut(tokens))[0, ..., None] for cut in (cut_queries, cut_keys))
+    tokens = 1 + np.arange(side**2).reshape(1, side, side)  # 0 fills up
+    queries, keys = (cut(tokens)[0, ..., None] for cut in (cut_queries, cut_keys))
     seen = np.zeros((side**2 + 1, side**2 + 1), bool)
     seen[0, 0], seen[1:, 1:] = True, allowed(kind, side, shifted)
     mask = seen[queries, keys.swapaxes(1, 2)][:, None]

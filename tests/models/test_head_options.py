@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from dit_jax import DiT, DiTConfig
 from dit_jax.config import base_config
 from dit_jax.errors import InputError
-from dit_jax.models.attention import HeadGate, gated, rotated
+from dit_jax.models.attention import HeadGate, gated
 from dit_jax.models.dit import abstract_dit
+from dit_jax.models.positions import rotated
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.training.state import init_state
 from dit_jax.training.step import make_train_step
