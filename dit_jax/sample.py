@@ -38,6 +38,7 @@ CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Guided channels, fro
 INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "LOW,HIGH: noise levels that are guided, sqrt(1 / abar - 1); empty: all."
 )
+ATTENTION = flags.DEFINE_string("attention", None, "Another schedule of attention, as config.model.attention.")
 CLIP = flags.DEFINE_bool("clip_denoised", None, "Keep predictions within [-1, 1]; for pixels, not for latents.")
 flags.adopt_module_key_flags(processes)
 
@@ -57,7 +58,7 @@ def main() -> None:
     mesh = make_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())
     replicated = lambda shapes: jax.tree.map(lambda _: everywhere, shapes)  # noqa: E731
-    weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated)
+    weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated).with_attention(ATTENTION.value)
     record, codec = weights.record, choose_codec(AUTOENCODER.value, weights)
     words = open_context(record.context, record.class_names, record.model)
     if PROMPTS.value is not None:
@@ -157,6 +158,7 @@ def provenance(weights, codec, settings: dict, count: int) -> dict:
         **settings,
         "diffusion": record.diffusion,
         "dtype": str(record.model.compute_dtype),
+        "attention": record.model.attention,
         "attention_kernel": record.model.kernel,
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "platform": jax.default_backend(),

@@ -49,6 +49,13 @@ class Weights(NamedTuple):
         kind = {"ema": ", averaged weights", "model": ", raw weights", None: ""}[self.record.weights]
         return f"{self.path}{kind}" + ("" if self.record.step is None else f" at step {self.record.step}")
 
+    def with_attention(self, schedule: str | None) -> "Weights":
+        """The same weights in a network with another schedule of attention, if one is given."""
+        if schedule is None:
+            return self
+        model = dataclasses.replace(self.record.model, attention=schedule)
+        return self._replace(record=dataclasses.replace(self.record, model=model))
+
     def params(self, shardings: Shardings | None = None) -> dict:
         """The parameters as `abstract_dit(record.model)` has them, placed as asked, or on the first device."""
         places = None
@@ -59,19 +66,20 @@ class Weights(NamedTuple):
         return unflatten_dict({path: put(path, leaf) for path, leaf in self.leaves}, sep="/")
 
 
-def load_dit(path: str | Path, weights: str | None = None, **known: int) -> DiT:
+def load_dit(path: str | Path, weights: str | None = None, attention: str | None = None, **known: int) -> DiT:
     """The model in a .pt or .safetensors file, a folder of diffusers or of `save_dit`, or a training run.
 
     Args:
         path: the file or folder, or a name that `dit_jax.download` has fetched.
         weights: "ema" or "model", of what holds both, such as a run; default: "ema".
+        attention: another schedule than it was trained with (`DiTConfig.attention`); any takes the same weights.
         known: num_heads, num_classes, input_size, where the file does not tell (`architecture.infer`).
 
     Raises InputError if there is no such thing, it is damaged, or it is not a DiT.
     """
     opened = open_weights(path, weights, **known)
     require(opened, known)
-    graph, _ = abstract_dit(opened.record.model)
+    graph, _ = abstract_dit(opened.with_attention(attention).record.model)
     return nnx.merge(graph, opened.params())
 
 

@@ -23,9 +23,10 @@ from dit_jax.training.state import TrainState, init_state
 def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> TrainState:
     """The state before the first step, its weights and their average those of `config.init_from` if that is set.
 
-    Another number of classes gives a fresh label table, another input size its own positions, a context where there was
-    none fresh modules for it, whose cross-attention adds nothing at first; each difference is a line on stderr. Raises
-    InputError if the network differs in anything else, or there is nothing to read.
+    Another number of classes gives a fresh label table, another input size its own positions; a context or gates of
+    heads, where there were none, begin fresh and change nothing at first; attention may have another schedule. Each
+    difference is a line on stderr. Raises InputError if the network differs in anything else, or there is nothing to
+    read.
     """
     state = init_state(config, mesh)
     if not config.init_from:
@@ -38,8 +39,7 @@ def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> T
     fresh, table = state.params["y_embedder"], params["y_embedder"]["embedding_table"]
     if table.shape != fresh["embedding_table"].shape:
         params["y_embedder"] = fresh
-    if ours.context_features > opened.record.model.context_features:
-        params = unflatten_dict(flatten_dict(state.params) | flatten_dict(params))
+    params = unflatten_dict(flatten_dict(state.params) | flatten_dict(params))
     for line in differences(opened.record, config, class_names):
         say(f"starting from {opened.origin}: {line}", file=sys.stderr)
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
@@ -48,9 +48,10 @@ def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> T
 def require_same_network(theirs: DiTConfig, ours: DiTConfig, origin: str) -> None:
     """Raise InputError, naming the fields, unless one's weights mean the same in the other."""
     fields = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "learn_sigma")
-    fields += ("downscale_freq_shift", "norm2_eps", "head_gate", "head_dim", "qk_norm", "rope", "block")
-    fields += ("context_features",) if theirs.context_features else ()  # a network without a context can be given one
-    # Not `attention`: any schedule takes any weights.
+    fields += ("downscale_freq_shift", "norm2_eps", "head_dim", "qk_norm", "rope", "block")
+    # What a network does not have it can be given.
+    fields += ("context_features",) if theirs.context_features else ()
+    fields += ("head_gate",) if theirs.head_gate != "none" else ()
     differing = [
         f"{name}={getattr(theirs, name)} there, {getattr(ours, name)} here"
         for name in fields
@@ -68,6 +69,10 @@ def differences(record: Record, config: ConfigDict, class_names: Sequence[str]) 
     lines = [f"diffusion.{line}" for line in changes(record.diffusion, config.diffusion.to_dict())]
     if theirs.context_features != ours.context_features:
         lines.append(f"fresh modules for a context of {ours.context_features} features, which it did not have")
+    if theirs.head_gate != ours.head_gate:
+        lines.append("fresh gates of heads, all open, which it did not have")
+    if theirs.attention != ours.attention:
+        lines.append(f"attention: {theirs.attention} -> {ours.attention}")
     if record.context != config.context and theirs.context_features:
         lines.append(f"context: {record.context!r} -> {config.context!r}")
     if theirs.input_size != ours.input_size:

@@ -106,6 +106,27 @@ def test_a_model_that_is_given_a_context_begins_with_exactly_its_old_output(weig
     assert ours["blocks.1.cross_attn.q.weight"].std() > 0.05 and ours["context_embedder.mlp.0.weight"].std() > 0.05
 
 
+@pytest.mark.parametrize("kind", ["token", "condition"])
+def test_a_model_that_is_given_gates_begins_with_exactly_its_old_output(weights, kind, capsys):
+    config, state = start(weights[0] / "a.safetensors", **{"model.head_gate": kind})
+    assert "fresh gates of heads, all open" in capsys.readouterr().err
+    x, t, y = np.random.default_rng(0).standard_normal((2, 8, 8, 4), dtype=np.float32), np.array([3, 800]), np.arange(2)
+    gated = nnx.merge(abstract_dit(DiTConfig(**config.model))[0], state.params)
+    np.testing.assert_array_equal(jax.jit(gated)(x, t, y), jax.jit(load_dit(weights[0] / "a.safetensors"))(x, t, y))
+
+
+def test_a_trained_model_goes_into_any_schedule_of_attention(weights, capsys):
+    config, state = start(weights[0] / "orbax", **{"model.attention": "window:2*1,global*1"})
+    assert "attention: global -> window:2*1,global*1" in capsys.readouterr().err
+    x, t, y = np.random.default_rng(0).standard_normal((2, 8, 8, 4), dtype=np.float32), np.array([3, 800]), np.arange(2)
+    started = nnx.merge(abstract_dit(DiTConfig(**config.model))[0], state.params)
+    loaded = load_dit(weights[0] / "orbax", attention="window:2*1,global*1")
+    np.testing.assert_array_equal(jax.jit(started)(x, t, y), jax.jit(loaded)(x, t, y))
+    assert np.abs(jax.jit(loaded)(x, t, y) - jax.jit(load_dit(weights[0] / "orbax"))(x, t, y)).max() > 1e-3
+    with pytest.raises(InputError, match="names 3 blocks and there are 2"):
+        load_dit(weights[0] / "orbax", attention="window:2*3")
+
+
 def test_a_model_that_has_a_context_keeps_it(tmp_path):
     told = DiTConfig(**a_config(**CONTEXT).model)
     save_dit(seeded_dit(told), tmp_path / "told.safetensors")
