@@ -123,7 +123,8 @@ def test_shards_hold_the_records_of_one_in_their_order(tmp_path, photos, codec, 
     monkeypatch.setattr(latents, "SHARD_BYTES", 4 * one[0].nbytes)
     several, same, _ = encoded(tmp_path / "several", photos, codec)
     assert len(list((tmp_path / "several").glob("*-of-00003"))) == 3
-    np.testing.assert_array_equal(several, one)
+    # Another place in the batch may round another way.
+    np.testing.assert_allclose(several, one, atol=1e-6 * np.abs(one).max())
     assert same == labels
 
 
