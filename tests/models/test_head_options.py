@@ -127,10 +127,8 @@ def test_normalised_queries_and_keys_do_not_see_their_length():
     "changes",
     [
         {"head_gate": "token"},
-        {"head_gate": "condition"},
-        {"qk_norm": True},
+        {"head_gate": "condition", "head_dim": 12, "num_heads": 3},
         {"qk_norm": True, "rope": True, "head_dim": 8},
-        {"head_dim": 12, "num_heads": 3},
     ],
 )
 def test_options_survive_the_state_dict_and_train(changes):

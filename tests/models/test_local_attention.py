@@ -55,11 +55,10 @@ def query_by_query(qkv: jax.Array, kind: AttentionKind, shifted: bool) -> jax.Ar
 @pytest.mark.parametrize(
     ("name", "size", "shifted", "side"),
     [
-        *(("window", size, shifted, 7) for size in (2, 3) for shifted in (False, True)),
-        *(("window", size, True, 6) for size in (3, 6)),
+        *(("window", 3, shifted, 7) for shifted in (False, True)),
+        *(("window", size, True, 6) for size in (2, 3, 6)),
         *(("mixed", 4, shifted, 8) for shifted in (False, True)),
-        *(("neighbourhood", size, False, 7) for size in (1, 3, 4, 5, 7)),
-        ("neighbourhood", 3, False, 9),
+        *(("neighbourhood", size, False, 7) for size in (1, 3, 4, 7)),
     ],
 )
 def test_blocks_and_their_gradients_are_those_of_attention_query_by_query(name, size, shifted, side):
@@ -159,7 +158,7 @@ def test_any_schedule_takes_the_same_weights_and_runs_its_blocks_in_order(schedu
     assert relative_error(out, block_by_block(config, params, *inputs(config))) < 2e-5
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 5}])
+@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"unroll": 5}])
 def test_recomputing_and_unrolling_change_nothing(changes):
     config, params = dataclasses.replace(TINY, attention="window:3*3,mixed:3*2"), weights_of(TINY)
 
@@ -180,7 +179,7 @@ def test_a_mesh_computes_what_one_device_does():
         assert relative_error(call(params, *inputs(config, 4)), alone) < 2e-6
 
 
-@pytest.mark.parametrize("schedule", ["window:4", "window:5", "mixed:4", "neighbourhood:3", "neighbourhood:5"])
+@pytest.mark.parametrize("schedule", ["window:5", "mixed:4", "neighbourhood:3"])
 def test_the_compiler_counts_the_products_that_we_count(schedule):
     config = dataclasses.replace(TINY, input_size=14, depth=1, num_heads=2, head_dim=128, attention=schedule)
     (kind,) = attention_layers(schedule, 1)

@@ -38,7 +38,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *args, devices=jax.devices: devices(*args)[:1])
 
 
-@pytest.mark.parametrize("name", ["adaLN", "cross-attention", "in-context", "words"])  # the other in test_loop.py
+@pytest.mark.parametrize("name", ["in-context", "words"])  # words are cross-attended to; adaLN-Zero is in test_loop.py
 def test_a_run_resumes_bit_exactly_draws_and_becomes_a_file(tmp_path, name):
     changes = RUNS[name]
     train(config_of(**changes), tmp_path / "unbroken")
