@@ -8,58 +8,79 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from dit_jax.errors import InputError
 from dit_jax.parallel.sharding import TOKENS
 
 ROWS = 256  # queries at once
+HIDDEN = -1e30  # added to the score of a key that its query does not see
 VECTOR_MEMORY = 100 * 2**20  # bytes that the kernel may take, of the 128 MiB of v5e and v6e
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def flash_attention(qkv: jax.Array, head_dim: int, interpret: bool = False) -> jax.Array:
+def flash_attention(
+    qkv: jax.Array, head_dim: int, mask: np.ndarray | None = None, *, interpret: bool = False
+) -> jax.Array:
     """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D) in its dtype; the softmax is float32.
 
-    Heads of any width: the 128 lanes of the chip are filled up inside the kernel only. On a mesh each device takes its
-    own images and heads. interpret: run on any platform, slowly.
+    mask: (M, N, N) bool, which keys a query sees in each of the first M of B, in each of the next M, and so on; the
+    images of a device are a multiple of M. Heads of any width: the 128 lanes of the chip are filled up inside the
+    kernel only. On a mesh each device takes its own images and heads. interpret: run on any platform, slowly.
     """
-    return _run(_forward_kernel, qkv.shape[-1] // 3, 2, head_dim, interpret, qkv)
+    hidden = () if mask is None else (jnp.where(mask, 0.0, HIDDEN),)
+    return _flash_attention(qkv, hidden, head_dim, interpret)
 
 
-def _forward(qkv: jax.Array, head_dim: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    return flash_attention(qkv, head_dim, interpret), qkv
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _flash_attention(qkv: jax.Array, hidden: tuple[jax.Array, ...], head_dim: int, interpret: bool) -> jax.Array:
+    return _run(_forward_kernel, qkv.shape[-1] // 3, 2, head_dim, interpret, hidden, qkv)
 
 
-def _backward(head_dim: int, interpret: bool, qkv: jax.Array, d_out: jax.Array) -> tuple[jax.Array]:
-    return (_run(_backward_kernel, qkv.shape[-1], 5, head_dim, interpret, qkv, d_out),)
+def _forward(qkv: jax.Array, hidden: tuple[jax.Array, ...], head_dim: int, interpret: bool) -> tuple:
+    return _flash_attention(qkv, hidden, head_dim, interpret), (qkv, hidden)
 
 
-flash_attention.defvjp(_forward, _backward)
+def _backward(head_dim: int, interpret: bool, kept: tuple, d_out: jax.Array) -> tuple:
+    qkv, hidden = kept
+    d_qkv = _run(_backward_kernel, qkv.shape[-1], 5, head_dim, interpret, hidden, qkv, d_out)
+    return d_qkv, tuple(None for _ in hidden)
 
 
-def _run(kernel, width: int, products: int, head_dim: int, interpret: bool, *arrays: jax.Array) -> jax.Array:
+_flash_attention.defvjp(_forward, _backward)
+
+
+def _run(
+    kernel, width: int, products: int, head_dim: int, interpret: bool, hidden: tuple[jax.Array, ...], *arrays: jax.Array
+) -> jax.Array:
     """The kernel on one image after the other; its result has `width` columns over all devices.
 
     products: how many it computes of each head's (N, N) with (N, head_dim), for the compiler's and our own accounts.
+    hidden: nothing, or (M, N, N) of what is added to the scores of M images in turn.
     """
 
-    def on_device(*arrays: jax.Array) -> jax.Array:
+    def on_device(hidden: tuple[jax.Array, ...], *arrays: jax.Array) -> jax.Array:
         (B, N, columns), dtype = arrays[0].shape, arrays[0].dtype
         if columns % (3 * head_dim):
             raise InputError(
                 f"mesh.tensor does not divide the heads: {columns // 3} columns of {head_dim} are no heads"
             )
+        if hidden and B % len(hidden[0]):
+            raise InputError(f"{B} windows on a device are not those of whole images: give each device whole images")
         out = jax.ShapeDtypeStruct((B, N, width * columns // whole), dtype)
 
         def image(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
             return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
 
+        def in_turn(scores: jax.Array) -> pl.BlockSpec:
+            return pl.BlockSpec((1, N, N), lambda b: (b % len(scores), 0, 0))
+
         return pl.pallas_call(
-            partial(kernel, head_dim=head_dim),
+            partial(kernel if hidden else partial(kernel, None), head_dim=head_dim),
             grid=(B,),
-            in_specs=[image(array) for array in arrays],
+            in_specs=[*map(in_turn, hidden), *map(image, arrays)],
             out_specs=image(out),
             out_shape=out,
             cost_estimate=pl.CostEstimate(
@@ -69,27 +90,28 @@ def _run(kernel, width: int, products: int, head_dim: int, interpret: bool, *arr
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_MEMORY),
             interpret=interpret,
-        )(*arrays)
+        )(*hidden, *arrays)
 
     whole = arrays[0].shape[-1]
     if jax.sharding.get_abstract_mesh().empty:
-        return on_device(*arrays)
-    specs = tuple(TOKENS for _ in arrays)
-    return jax.shard_map(on_device, in_specs=specs, out_specs=TOKENS, check_vma=False)(*arrays)
+        return on_device(hidden, *arrays)
+    specs = (PartitionSpec(), *(TOKENS for _ in arrays))
+    return jax.shard_map(on_device, in_specs=specs, out_specs=TOKENS, check_vma=False)(hidden, *arrays)
 
 
-def _forward_kernel(qkv, out, *, head_dim: int) -> None:
+def _forward_kernel(hidden, qkv, out, *, head_dim: int) -> None:
     for head, (q, k, v) in enumerate(_heads(qkv, head_dim)):
 
         def rows(start: int, size: int, head=head, q=q, k=k, v=v) -> None:
-            weights = _weights(qkv[0, pl.ds(start, size), q], qkv[0, :, k])
+            here = pl.ds(start, size)
+            weights = _weights(qkv[0, here, q], qkv[0, :, k], hidden, here)
             o = _product(weights.astype(out.dtype), qkv[0, :, v], (1, 0))
-            out[0, pl.ds(start, size), pl.ds(head * head_dim, head_dim)] = o.astype(out.dtype)
+            out[0, here, pl.ds(head * head_dim, head_dim)] = o.astype(out.dtype)
 
         _for_rows(qkv.shape[1], rows)
 
 
-def _backward_kernel(qkv, d_out, d_qkv, *, head_dim: int) -> None:
+def _backward_kernel(hidden, qkv, d_out, d_qkv, *, head_dim: int) -> None:
     N, dtype = qkv.shape[1], qkv.dtype
     for head, (q, k, v) in enumerate(_heads(qkv, head_dim)):
 
@@ -97,7 +119,7 @@ def _backward_kernel(qkv, d_out, d_qkv, *, head_dim: int) -> None:
             d_k, d_v = sums
             here = pl.ds(start, size)
             q_here, d_o = qkv[0, here, q], d_out[0, here, pl.ds(head * head_dim, head_dim)]
-            weights = _weights(q_here, qkv[0, :, k])
+            weights = _weights(q_here, qkv[0, :, k], hidden, here)
             d_weights = _product(d_o, qkv[0, :, v], (1, 1))
             d_scores = weights * (d_weights - jnp.sum(weights * d_weights, axis=1, keepdims=True))
             d_scores = (d_scores * head_dim**-0.5).astype(dtype)
@@ -126,9 +148,11 @@ def _for_rows(N: int, function, *sums):
     return jax.lax.fori_loop(0, N // size, lambda i, sums: function(i * size, size, sums), *sums)
 
 
-def _weights(q: jax.Array, k: jax.Array) -> jax.Array:
+def _weights(q: jax.Array, k: jax.Array, hidden, here) -> jax.Array:
     """(n, d), (N, d) -> (n, N) float32 whose rows sum to 1 (Vaswani et al. 2017, eq. 1)."""
     scores = _product(q, k, (1, 1)) * q.shape[1] ** -0.5
+    if hidden is not None:
+        scores += hidden[0, here]
     weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 

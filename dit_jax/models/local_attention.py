@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import AttentionKind
-from dit_jax.models.kernels import dot_product_attention
+from dit_jax.models.flash import flash_attention
+from dit_jax.models.kernels import dot_product_attention, xla_attention
 
 Attend = Callable[[jax.Array, int], jax.Array]
 """(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
@@ -22,10 +23,11 @@ def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Atten
     """What computes a kind of attention; `everywhere` is the kernel of global attention."""
     if kind.name == "global":
         return everywhere
-    if kind.name == "mixed":
-        window = partial(local_attention, kind=AttentionKind("window", kind.size), shifted=shifted)
-        return partial(mixed_attention, window=window, everywhere=everywhere)
-    return partial(local_attention, kind=kind, shifted=shifted)
+    if kind.name == "neighbourhood":
+        return partial(neighbourhood_attention, kind=kind)
+    inside = flash_attention if everywhere is flash_attention else xla_attention
+    window = partial(window_attention, kind=AttentionKind("window", kind.size), shifted=shifted, inside=inside)
+    return window if kind.name == "window" else partial(mixed_attention, window=window, everywhere=everywhere)
 
 
 def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere: Attend) -> jax.Array:
@@ -36,16 +38,27 @@ def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere
     return jnp.stack([out.reshape(B, N, -1, head_dim) for out in both], axis=3).reshape(B, N, columns // 3)
 
 
-def local_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool) -> jax.Array:
-    """Windows or neighbourhoods of a square image: blocks of queries, each with the block of keys that it may need."""
+def window_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool, inside: Callable) -> jax.Array:
+    """Each window of a square image as an image of its own, by the kernel `inside`."""
+    B, N, columns = qkv.shape
+    side = math.isqrt(N)
+    cut, join, _ = _blocks(kind, side, shifted)
+    windows = cut(qkv.reshape(B, side, side, columns))  # (B, windows, n, 3 H d)
+    out = inside(windows.reshape(-1, *windows.shape[2:]), head_dim, _block_mask(kind, side, shifted))
+    return join(out.reshape(*windows.shape[:3], -1)).reshape(B, N, columns // 3)
+
+
+def neighbourhood_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind) -> jax.Array:
+    """Tiles of queries of a square image, each with the square of keys that it may need."""
     B, N, columns = qkv.shape
     side = math.isqrt(N)
     image = qkv.reshape(B, side, side, -1, 3, head_dim)
-    cut_queries, join, cut_keys = _blocks(kind, side, shifted)
+    cut_queries, join, cut_keys = _blocks(kind, side, shifted=False)
     q, k, v = (
         jnp.moveaxis(cut(image[..., part, :]), -3, -2) for part, cut in enumerate((cut_queries, cut_keys, cut_keys))
     )
-    out = dot_product_attention(q, k, v, _block_mask(kind, side, shifted))  # (B, blocks, H, n, d)
+    mask = _block_mask(kind, side, shifted=False)
+    out = dot_product_attention(q, k, v, None if mask is None else mask[:, None])  # (B, tiles, H, n, d)
     return join(jnp.moveaxis(out, -3, -2)).reshape(B, N, columns // 3)
 
 
@@ -124,7 +137,7 @@ def _blocks(kind: AttentionKind, side: int, shifted: bool) -> tuple[Callable, Ca
 
 @lru_cache
 def _block_mask(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray | None:
-    """(blocks, 1, queries, keys) bool: `allowed` cut into blocks; None if it is true everywhere.
+    """(blocks, queries, keys) bool: `allowed` cut into blocks; None if it is true everywhere.
 
     What fills up a block attends to itself alone, and nothing attends to it.
     """
@@ -133,7 +146,7 @@ def _block_mask(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray | N
     queries, keys = (cut(tokens)[0, ..., None] for cut in (cut_queries, cut_keys))
     seen = np.zeros((side**2 + 1, side**2 + 1), bool)
     seen[0, 0], seen[1:, 1:] = True, allowed(kind, side, shifted)
-    mask = seen[queries, keys.swapaxes(1, 2)][:, None]
+    mask = seen[queries, keys.swapaxes(1, 2)]
     if kind.name == "neighbourhood":
-        mask = mask | (queries == 0)[:, None]
+        mask = mask | (queries == 0)
     return None if mask.all() else mask

@@ -1,5 +1,7 @@
 """Every way of computing attention gives the same."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def example(tokens: int, heads: int, head_dim: int, images: int = 2):
 def test_kernels_agree_with_the_equation(tokens, heads, head_dim):
     qkv, _ = example(tokens, heads, head_dim)
     expected = in_plain_numbers(qkv, head_dim)
-    for out in (xla_attention(qkv, head_dim), flash_attention(qkv, head_dim, True)):
+    for out in (xla_attention(qkv, head_dim), flash_attention(qkv, head_dim, interpret=True)):
         np.testing.assert_allclose(out, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -47,16 +49,42 @@ def test_gradients_are_those_that_jax_derives_from_the_equation(tokens, heads, h
         return jax.nn.dot_product_attention(q, k, v, implementation="xla").reshape(weight.shape)
 
     expected = jax.grad(lambda x: (equation(x) * weight).sum())(qkv)
-    for kernel in (xla_attention, lambda x, head_dim: flash_attention(x, head_dim, True)):
+    for kernel in (xla_attention, lambda x, head_dim: flash_attention(x, head_dim, interpret=True)):
         gradient = jax.grad(lambda x: (kernel(x, head_dim) * weight).sum())(qkv)  # noqa: B023
         np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
 
 
-def test_devices_take_their_own_images_and_heads():
-    qkv, weight = example(tokens=16, heads=4, head_dim=8, images=4)
+def some_masks(count: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng(1).random((count, tokens, tokens)) < 0.5 + 0.5 * np.eye(tokens)
+
+
+def test_kernels_hide_what_the_masks_hide_in_turn():
+    qkv, weight = example(tokens=16, heads=2, head_dim=8, images=6)
+    mask = some_masks(3, 16)
+
+    def expected(qkv):
+        q, k, v = qkv.reshape(6, 16, 2, 3, 8).transpose(3, 0, 1, 2, 4)
+        return jax.nn.dot_product_attention(q, k, v, mask=np.tile(mask, (2, 1, 1))[:, None]).reshape(weight.shape)
+
+    def with_gradient(function):
+        out, backward = jax.vjp(function, qkv)
+        return out, *backward(weight)
+
+    for kernel in (xla_attention, partial(flash_attention, interpret=True)):
+        for found, right in zip(
+            with_gradient(lambda x: kernel(x, 8, mask)),  # noqa: B023
+            with_gradient(expected),
+            strict=True,
+        ):
+            np.testing.assert_allclose(found, right, atol=2e-6 * jnp.abs(right).max())
+
+
+@pytest.mark.parametrize("mask", [None, some_masks(2, 16)], ids=["all", "masks"])
+def test_devices_take_their_own_images_and_heads(mask):
+    qkv, weight = example(tokens=16, heads=4, head_dim=8, images=8)
 
     def gradient(qkv):
-        return jax.grad(lambda x: (flash_attention(x, 8, True) * weight).sum())(qkv)
+        return jax.grad(lambda x: (flash_attention(x, 8, mask, interpret=True) * weight).sum())(qkv)
 
     alone = gradient(qkv)
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
@@ -70,4 +98,10 @@ def test_a_mesh_that_would_cut_a_head_is_refused():
         jax.set_mesh(make_mesh({"data": 2, "tensor": 4})),
         pytest.raises(InputError, match="does not divide the heads"),
     ):
-        flash_attention(qkv, 8, True)
+        flash_attention(qkv, 8, interpret=True)
+
+
+def test_a_mesh_that_would_part_the_windows_of_an_image_is_refused():
+    qkv, _ = example(tokens=16, heads=2, head_dim=8, images=4)
+    with jax.set_mesh(make_mesh({"data": 4}, jax.devices()[:4])), pytest.raises(InputError, match="1 windows"):
+        flash_attention(qkv, 8, some_masks(2, 16), interpret=True)
