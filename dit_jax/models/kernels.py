@@ -1,24 +1,16 @@
-"""What computes attention of all to all: XLA, cuDNN, or our TPU kernel. The first and the last also hide by a mask."""
+"""What computes attention of all to all: XLA, cuDNN, or our TPU kernel, of one signature."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_jax.models.flash import flash_attention
 
 
-def xla_attention(qkv: jax.Array, head_dim: int, mask: np.ndarray | None = None) -> jax.Array:
-    """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D).
-
-    mask: (M, N, N) bool, which keys a query sees in each of the first M of B, in each of the next M, and so on.
-    """
+def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
+    """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D)."""
     B, N, columns = qkv.shape
     q, k, v = qkv.reshape(B, N, -1, 3, head_dim).transpose(3, 0, 2, 1, 4)
-    if mask is not None:
-        q, k, v = (part.reshape(-1, len(mask), *part.shape[1:]) for part in (q, k, v))
-        mask = mask[:, None]
-    out = dot_product_attention(q, k, v, mask).reshape(B, -1, N, head_dim)
-    return out.transpose(0, 2, 1, 3).reshape(B, N, columns // 3)
+    return dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, N, columns // 3)
 
 
 def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:

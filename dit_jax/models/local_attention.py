@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_jax.config import AttentionKind
 from dit_jax.models.flash import flash_attention
-from dit_jax.models.kernels import dot_product_attention, xla_attention
+from dit_jax.models.kernels import dot_product_attention
 
 Attend = Callable[[jax.Array, int], jax.Array]
 """(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
@@ -23,12 +23,12 @@ def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Atten
     """What computes a kind of attention; `everywhere` is the kernel of global attention."""
     if kind.name == "global":
         return everywhere
-    if kind.name == "neighbourhood":
-        return partial(neighbourhood_attention, kind=kind)
-    window = partial(
-        window_attention, kind=AttentionKind("window", kind.size), shifted=shifted, flash=everywhere is flash_attention
-    )
-    return window if kind.name == "window" else partial(mixed_attention, window=window, everywhere=everywhere)
+    if kind.name == "mixed":
+        window = make_attend(AttentionKind("window", kind.size), shifted, everywhere)
+        return partial(mixed_attention, window=window, everywhere=everywhere)
+    if kind.name == "window" and everywhere is flash_attention:
+        return partial(windows_on_tpu, kind=kind, shifted=shifted)
+    return partial(local_attention, kind=kind, shifted=shifted)
 
 
 def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere: Attend) -> jax.Array:
@@ -39,32 +39,33 @@ def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere
     return jnp.stack([out.reshape(B, N, -1, head_dim) for out in both], axis=3).reshape(B, N, columns // 3)
 
 
-def window_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool, flash: bool) -> jax.Array:
-    """Each window of a square image as an image of its own, by XLA or, of many tokens, by the TPU kernel.
+def windows_on_tpu(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool) -> jax.Array:
+    """Each window as an image of its own, by the TPU kernel, if tokens are many.
 
     By the traffic of compiled steps of S with windows of 8: at 1,024 tokens XLA, which keeps what it can on the chip,
     moves 6.8 GB and the kernel 8.2; at 4,096 tokens, where that no longer fits, 59 and 45.
     """
     B, N, columns = qkv.shape
-    side = math.isqrt(N)
+    if N < 4096:
+        return local_attention(qkv, head_dim, kind, shifted)
+    side, mask = math.isqrt(N), _block_mask(kind, math.isqrt(N), shifted)
     cut, join, _ = _blocks(kind, side, shifted)
     windows = cut(qkv.reshape(B, side, side, columns))  # (B, windows, n, 3 H d)
-    inside = flash_attention if flash and N >= 4096 else xla_attention
-    out = inside(windows.reshape(-1, *windows.shape[2:]), head_dim, _block_mask(kind, side, shifted))
+    images = windows.reshape(-1, *windows.shape[2:])
+    out = flash_attention(images, head_dim, None if mask is None else mask[:, 0])
     return join(out.reshape(*windows.shape[:3], -1)).reshape(B, N, columns // 3)
 
 
-def neighbourhood_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind) -> jax.Array:
-    """Tiles of queries of a square image, each with the square of keys that it may need."""
+def local_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool) -> jax.Array:
+    """Windows or neighbourhoods of a square image: blocks of queries, each with the block of keys that it may need."""
     B, N, columns = qkv.shape
     side = math.isqrt(N)
     image = qkv.reshape(B, side, side, -1, 3, head_dim)
-    cut_queries, join, cut_keys = _blocks(kind, side, shifted=False)
+    cut_queries, join, cut_keys = _blocks(kind, side, shifted)
     q, k, v = (
         jnp.moveaxis(cut(image[..., part, :]), -3, -2) for part, cut in enumerate((cut_queries, cut_keys, cut_keys))
     )
-    mask = _block_mask(kind, side, shifted=False)
-    out = dot_product_attention(q, k, v, None if mask is None else mask[:, None])  # (B, tiles, H, n, d)
+    out = dot_product_attention(q, k, v, _block_mask(kind, side, shifted))  # (B, blocks, H, n, d)
     return join(jnp.moveaxis(out, -3, -2)).reshape(B, N, columns // 3)
 
 
@@ -143,7 +144,7 @@ def _blocks(kind: AttentionKind, side: int, shifted: bool) -> tuple[Callable, Ca
 
 @lru_cache
 def _block_mask(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray | None:
-    """(blocks, queries, keys) bool: `allowed` cut into blocks; None if it is true everywhere.
+    """(blocks, 1, queries, keys) bool: `allowed` cut into blocks; None if it is true everywhere.
 
     What fills up a block attends to itself alone, and nothing attends to it.
     """
@@ -152,7 +153,7 @@ def _block_mask(kind: AttentionKind, side: int, shifted: bool) -> np.ndarray | N
     queries, keys = (cut(tokens)[0, ..., None] for cut in (cut_queries, cut_keys))
     seen = np.zeros((side**2 + 1, side**2 + 1), bool)
     seen[0, 0], seen[1:, 1:] = True, allowed(kind, side, shifted)
-    mask = seen[queries, keys.swapaxes(1, 2)]
+    mask = seen[queries, keys.swapaxes(1, 2)][:, None]
     if kind.name == "neighbourhood":
-        mask = mask | (queries == 0)
+        mask = mask | (queries == 0)[:, None]
     return None if mask.all() else mask

@@ -1,6 +1,7 @@
 """Windows, neighbourhoods and mixed heads against attention written out query by query; schedules over the depth."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from goldens.cases import relative_error
 from dit_jax import DiTConfig
 from dit_jax.config import AttentionKind, attention_layers
 from dit_jax.errors import InputError
+from dit_jax.models import local_attention
 from dit_jax.models.dit import abstract_dit, runs
+from dit_jax.models.flash import flash_attention
 from dit_jax.models.kernels import xla_attention
 from dit_jax.models.local_attention import make_attend
 from dit_jax.parallel.mesh import make_mesh
@@ -73,6 +76,21 @@ def test_blocks_and_their_gradients_are_those_of_attention_query_by_query(name, 
     attend = make_attend(kind, shifted, xla_attention)
     ours = jax.jit(lambda: with_gradient(lambda x: attend(x, WIDTH)))()
     theirs = jax.jit(lambda: with_gradient(lambda x: query_by_query(x, kind, shifted)))()
+    for found, expected in zip(ours, theirs, strict=True):
+        assert relative_error(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_many_windows_by_the_tpu_kernel_are_those_by_xla(shifted, monkeypatch):
+    kind, rng = AttentionKind("window", 8), np.random.default_rng(0)
+    qkv, weight = (rng.standard_normal((1, 4096, columns), dtype=np.float32) for columns in (48, 16))
+    monkeypatch.setattr(local_attention, "flash_attention", partial(flash_attention, interpret=True))
+
+    def with_gradient(attend):
+        out, backward = jax.vjp(lambda x: attend(x, 8, kind, shifted), qkv)
+        return out, *backward(weight)
+
+    ours, theirs = map(with_gradient, (local_attention.windows_on_tpu, local_attention.local_attention))
     for found, expected in zip(ours, theirs, strict=True):
         assert relative_error(found, expected) < 2e-6
 
