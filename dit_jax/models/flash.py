@@ -30,57 +30,54 @@ def flash_attention(
     images of a device are a multiple of M. Heads of any width: the 128 lanes of the chip are filled up inside the
     kernel only. On a mesh each device takes its own images and heads. interpret: run on any platform, slowly.
     """
-    hidden = () if mask is None else (jnp.where(mask, 0.0, HIDDEN),)
+    hidden = None if mask is None else jnp.where(mask, 0.0, HIDDEN)
     return _flash_attention(qkv, hidden, head_dim, interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _flash_attention(qkv: jax.Array, hidden: tuple[jax.Array, ...], head_dim: int, interpret: bool) -> jax.Array:
+def _flash_attention(qkv: jax.Array, hidden: jax.Array | None, head_dim: int, interpret: bool) -> jax.Array:
     return _run(_forward_kernel, qkv.shape[-1] // 3, 2, head_dim, interpret, hidden, qkv)
 
 
-def _forward(qkv: jax.Array, hidden: tuple[jax.Array, ...], head_dim: int, interpret: bool) -> tuple:
+def _forward(qkv: jax.Array, hidden: jax.Array | None, head_dim: int, interpret: bool) -> tuple[jax.Array, tuple]:
     return _flash_attention(qkv, hidden, head_dim, interpret), (qkv, hidden)
 
 
-def _backward(head_dim: int, interpret: bool, kept: tuple, d_out: jax.Array) -> tuple:
+def _backward(head_dim: int, interpret: bool, kept: tuple, d_out: jax.Array) -> tuple[jax.Array, None]:
     qkv, hidden = kept
-    d_qkv = _run(_backward_kernel, qkv.shape[-1], 5, head_dim, interpret, hidden, qkv, d_out)
-    return d_qkv, tuple(None for _ in hidden)
+    return _run(_backward_kernel, qkv.shape[-1], 5, head_dim, interpret, hidden, qkv, d_out), None
 
 
 _flash_attention.defvjp(_forward, _backward)
 
 
 def _run(
-    kernel, width: int, products: int, head_dim: int, interpret: bool, hidden: tuple[jax.Array, ...], *arrays: jax.Array
+    kernel, width: int, products: int, head_dim: int, interpret: bool, hidden: jax.Array | None, *arrays: jax.Array
 ) -> jax.Array:
     """The kernel on one image after the other; its result has `width` columns over all devices.
 
     products: how many it computes of each head's (N, N) with (N, head_dim), for the compiler's and our own accounts.
-    hidden: nothing, or (M, N, N) of what is added to the scores of M images in turn.
+    hidden: (M, N, N), added to the scores of M images in turn, or None.
     """
 
-    def on_device(hidden: tuple[jax.Array, ...], *arrays: jax.Array) -> jax.Array:
+    def on_device(hidden: jax.Array | None, *arrays: jax.Array) -> jax.Array:
         (B, N, columns), dtype = arrays[0].shape, arrays[0].dtype
         if columns % (3 * head_dim):
             raise InputError(
                 f"mesh.tensor does not divide the heads: {columns // 3} columns of {head_dim} are no heads"
             )
-        if hidden and B % len(hidden[0]):
+        if hidden is not None and B % len(hidden):
             raise InputError(f"{B} windows on a device are not those of whole images: give each device whole images")
+        in_turn = None if hidden is None else pl.BlockSpec((1, N, N), lambda b: (b % len(hidden), 0, 0))
         out = jax.ShapeDtypeStruct((B, N, width * columns // whole), dtype)
 
         def image(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
             return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
 
-        def in_turn(scores: jax.Array) -> pl.BlockSpec:
-            return pl.BlockSpec((1, N, N), lambda b: (b % len(scores), 0, 0))
-
         return pl.pallas_call(
-            partial(kernel if hidden else partial(kernel, None), head_dim=head_dim),
+            partial(kernel, head_dim=head_dim),
             grid=(B,),
-            in_specs=[*map(in_turn, hidden), *map(image, arrays)],
+            in_specs=[in_turn, *map(image, arrays)],
             out_specs=image(out),
             out_shape=out,
             cost_estimate=pl.CostEstimate(
@@ -90,7 +87,7 @@ def _run(
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_MEMORY),
             interpret=interpret,
-        )(*hidden, *arrays)
+        )(hidden, *arrays)
 
     whole = arrays[0].shape[-1]
     if jax.sharding.get_abstract_mesh().empty:
