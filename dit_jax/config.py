@@ -21,7 +21,8 @@ CHOICES = {
     "block": ("adaLN-Zero", "adaLN", "cross-attention", "in-context"),
 }
 # Fields of networks that are not the paper's adaLN-Zero DiT.
-BEYOND_DIT = ("attention", "head_gate", "head_dim", "qk_norm", "rope", "block", "context_features", "context_tokens")
+BEYOND_DIT = ("attention", "head_gate", "head_dim", "heads_left", "qk_norm", "rope", "block")
+BEYOND_DIT += ("context_features", "context_tokens")
 
 
 class AttentionKind(NamedTuple):
@@ -96,6 +97,8 @@ class DiTConfig:
     """What opens and shuts each head before the output projection: none, token (its query's), or condition."""
     head_dim: int = 0
     """Width of a head; 0 is hidden_size / num_heads. Others are those of models whose heads were cut out."""
+    heads_left: tuple[int, ...] = ()
+    """Heads of each block, num_heads at most, where some lost more of them than others; () is num_heads in all."""
     qk_norm: bool = False
     """Whether queries and keys are normalised, head by head, by their root mean square."""
     rope: bool = False
@@ -117,6 +120,7 @@ class DiTConfig:
     """Blocks in one iteration of the scan over depth: more compile longer and may run faster."""
 
     def __post_init__(self):
+        object.__setattr__(self, "heads_left", tuple(self.heads_left))  # a list where it was read from JSON
         for count in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, count) < 1:
                 raise InputError(f"{count}={getattr(self, count)}: expected at least 1")
@@ -139,8 +143,17 @@ class DiTConfig:
         kinds = attention_layers(self.attention, self.depth)
         if widest := max((kind.size for kind in kinds if kind.size > self.side), default=0):
             raise InputError(f"attention={self.attention!r}: {widest} patches are wider than the image's {self.side}")
-        if any(kind.name == "mixed" for kind in kinds) and self.num_heads % 2:
-            raise InputError(f"attention={self.attention!r}: half of num_heads={self.num_heads} heads are mixed in")
+        left = self.heads_left
+        if left and (len(left) != self.depth or not 1 <= min(left) <= max(left) == self.num_heads):
+            raise InputError(
+                f"heads_left={left}: expected the heads of each of {self.depth} blocks, at least 1, and "
+                f"num_heads={self.num_heads} in the block that has most"
+            )
+        if left and (self.context_features or self.block == "cross-attention"):
+            raise InputError("heads_left: cross-attention has num_heads in every block")
+        for kind, heads in zip(kinds, self.block_heads, strict=True):
+            if kind.name == "mixed" and heads % 2:
+                raise InputError(f"attention={self.attention!r}: half of the {heads} heads of a block are mixed in")
         if self.block == "in-context" and (self.rope or any(kind.name != "global" for kind in kinds)):
             raise InputError(
                 "block='in-context' adds tokens without a place: only global attention without rope takes it"
@@ -177,6 +190,11 @@ class DiTConfig:
     def head_width(self) -> int:
         """Width of a head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def block_heads(self) -> tuple[int, ...]:
+        """Heads of each block."""
+        return self.heads_left or (self.num_heads,) * self.depth
 
     @property
     def mlp_width(self) -> int:

@@ -9,7 +9,8 @@ Examples:
   python -m dit_jax.inspect_attention --weights=runs/gated --out=report --prune=smaller.safetensors
 
 Without --data the images are those that the run was trained on, or else drawn by the network. --prune needs weights
-with head gates; it cuts the heads out whose gates were 0 throughout, and refuses if that changes an output.
+with head gates; it cuts the heads out whose gates were 0 at these timesteps and at 21 from first to last, and refuses
+if that changes an output.
 """
 
 import sys
@@ -45,7 +46,7 @@ def main() -> None:
     from dit_jax.inspection.images import choose
     from dit_jax.inspection.measure import measure
     from dit_jax.inspection.notes import about_ablation, about_measures
-    from dit_jax.inspection.prune import require_prunable, require_same
+    from dit_jax.inspection.prune import require_prunable, require_same, shut_heads
     from dit_jax.inspection.report import make_report, write_report
     from dit_jax.models.dit import abstract_dit
 
@@ -88,8 +89,9 @@ def main() -> None:
     print(f"wrote {OUT.value}/index.html, report.json and figures in {time.monotonic() - started:.0f} s")
     say_roles(report)
     if PRUNE.value:
+        shut = (found.widest_gate == 0) & shut_heads(model, diffusion, images, evenly)
         difference_of = lambda smaller: require_same(model, smaller, diffusion, images, evenly)  # noqa: E731
-        prune(weights, params, found.widest_gate, difference_of)
+        prune(weights, params, shut, difference_of)
 
 
 def choose_codec(weights):
@@ -146,12 +148,14 @@ def whole_numbers(flag, end: int) -> list[int]:
 
 def say_roles(report: dict) -> None:
     """One line: how many heads have each role, with their label and over all timesteps."""
-    heads = [role for layer in report["roles"][0][0] for role in layer]
+    from dit_jax.inspection.roles import CUT
+
+    heads = [role for layer in report["roles"][0][0] for role in layer if role != CUT]
     told = ", ".join(f"{heads.count(role)} {role}" for role, _ in report["rules"] if role in heads)
     print(f"roles of {len(heads)} heads: {told}")
 
 
-def prune(weights, params: dict, widest_gate, difference_of) -> None:
+def prune(weights, params: dict, shut, difference_of) -> None:
     """Write the weights without the heads whose gates were 0 throughout, once the outputs are found to be the same."""
     import dataclasses
 
@@ -166,13 +170,14 @@ def prune(weights, params: dict, widest_gate, difference_of) -> None:
     from dit_jax.models.dit import abstract_dit
 
     record = weights.record
-    config, smaller = cut_heads(record.model, params, widest_gate == 0)
+    config, smaller = cut_heads(record.model, params, shut)
     graph, _ = abstract_dit(config)
     difference = difference_of(nnx.merge(graph, jax.tree.map(jnp.asarray, smaller)))
     known = dict(model=config, source=weights.path.name, sha256=digest(weights.path))
     write_weights(PRUNE.value, dataclasses.replace(record, **known), flatten_dict(smaller, sep="/").items())
-    told = f"{config.num_heads} of {record.model.num_heads} heads in each block"
-    print(f"wrote {PRUNE.value}: {told}; outputs differ by {difference:.1g} at most, over these images at 21 timesteps")
+    left, before = (", ".join(map(str, network.block_heads)) for network in (config, record.model))
+    print(f"wrote {PRUNE.value}: the blocks have {left} heads and had {before}")
+    print(f"outputs differ by {difference:.1g} at most, over these images at 21 timesteps")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
+from dit_jax.models.attention import first_heads
 from dit_jax.models.dit import DiT, abstract_dit
 from dit_jax.models.positions import sincos_positions
 
@@ -21,7 +22,8 @@ Leaf = tuple[str, np.ndarray]
 class Entry(NamedTuple):
     """One PyTorch tensor, its place among our parameters, and the way between their shapes.
 
-    A name with `{i}` stands for that tensor of every block; ours is the stack of them.
+    A name with `{i}` stands for that tensor of every block; ours is the stack of them, where a block with fewer heads
+    than another is filled up with zeros.
     """
 
     name: str
@@ -58,10 +60,11 @@ def to_leaves(config: DiTConfig, state_dict: dict[str, np.ndarray]) -> Iterator[
 
     def leaves() -> Iterator[Leaf]:
         for entry in sorted(table(config), key=lambda entry: math.prod(shapes[entry.path])):
-            leaf = np.empty(shapes[entry.path], np.float32)
+            leaf = np.zeros(shapes[entry.path], np.float32)
             if "{i}" in entry.name:
-                for i in range(config.depth):
-                    leaf[i] = entry.from_torch(state_dict.pop(entry.name.format(i=i)))
+                for i, heads in enumerate(config.block_heads):
+                    part = first_heads(entry.path, leaf[i], heads, config.num_heads)
+                    part[...] = entry.from_torch(state_dict.pop(entry.name.format(i=i)))
             else:
                 leaf[...] = entry.from_torch(state_dict.pop(entry.name))
             yield entry.path, leaf
@@ -77,8 +80,9 @@ def from_leaves(config: DiTConfig, leaves: Iterable[Leaf]) -> dict[str, np.ndarr
     for path, leaf in leaves:
         entry, leaf = entries[path], np.asarray(leaf)
         if "{i}" in entry.name:
-            for i in range(config.depth):
-                state_dict[entry.name.format(i=i)] = np.array(entry.to_torch(leaf[i]), order="C")
+            for i, heads in enumerate(config.block_heads):
+                part = first_heads(path, leaf[i], heads, config.num_heads)
+                state_dict[entry.name.format(i=i)] = np.array(entry.to_torch(part), order="C")
         else:
             state_dict[entry.name] = np.array(entry.to_torch(leaf), order="C")
         del leaf  # before the next one is read
@@ -102,11 +106,11 @@ def table(config: DiTConfig) -> list[Entry]:
         *_mlp("t_embedder.mlp", "t_embedder/mlp"),
         _same("y_embedder.embedding_table.weight", "y_embedder/embedding_table"),
         *(_mlp("context_embedder.mlp", "context_embedder/mlp") if config.context_features else []),
-        *_by_head("blocks.{i}.attn.qkv", "blocks/attn/qkv", 3, config.num_heads),
+        *_by_head("blocks.{i}.attn.qkv", "blocks/attn/qkv", 3, config.head_width),
         *(_rms_norms() if config.qk_norm else []),
         *(_linear("blocks.{i}.attn.gate", "blocks/attn/gate/linear") if config.head_gate != "none" else []),
         *_linear("blocks.{i}.attn.proj", "blocks/attn/proj"),
-        *(_cross_attention(config.num_heads) if crossed else []),
+        *(_cross_attention(config.head_width) if crossed else []),
         *_linear("blocks.{i}.mlp.fc1", "blocks/mlp/fc1"),
         *_linear("blocks.{i}.mlp.fc2", "blocks/mlp/fc2"),
         *(_linear("blocks.{i}.adaLN_modulation.1", "blocks/adaLN_modulation/linear") if adaptive else norms),
@@ -138,21 +142,21 @@ def _rms_norms() -> list[Entry]:
     return [_same(f"blocks.{{i}}.attn.{name}.weight", f"blocks/attn/{name}/weight") for name in ("q_norm", "k_norm")]
 
 
-def _cross_attention(heads: int) -> list[Entry]:
+def _cross_attention(head_width: int) -> list[Entry]:
     name, path = "blocks.{i}.cross_attn", "blocks/cross_attn"
-    kv = _by_head(f"{name}.kv", f"{path}/kv", 2, heads)
+    kv = _by_head(f"{name}.kv", f"{path}/kv", 2, head_width)
     return [*_linear(f"{name}.q", f"{path}/q"), *kv, *_linear(f"{name}.proj", f"{path}/proj")]
 
 
-def _by_head(name: str, path: str, parts: int, heads: int) -> list[Entry]:
+def _by_head(name: str, path: str, parts: int, head_width: int) -> list[Entry]:
     """PyTorch's rows are [q; k; v], each by head; our columns are by head, each [q, k, v]."""
 
     def to_torch(ours: np.ndarray) -> np.ndarray:
-        by_head = ours.T.reshape(heads, parts, -1, *ours.shape[:-1])
+        by_head = ours.T.reshape(-1, parts, head_width, *ours.shape[:-1])
         return by_head.swapaxes(0, 1).reshape(ours.T.shape)
 
     def from_torch(theirs: np.ndarray) -> np.ndarray:
-        by_part = theirs.reshape(parts, heads, -1, *theirs.shape[1:])
+        by_part = theirs.reshape(parts, -1, head_width, *theirs.shape[1:])
         return by_part.swapaxes(0, 1).reshape(theirs.shape).T
 
     return [
@@ -215,9 +219,13 @@ def _shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     entries = {entry.name: entry for entry in table(config)}
     ours = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
     for name, entry in entries.items():
-        shape = ours[entry.path][1:] if "{i}" in name else ours[entry.path]
-        theirs = entry.to_torch(np.broadcast_to(np.float32(0), shape)).shape
-        shapes |= {name.format(i=i): theirs for i in range(config.depth)} if "{i}" in name else {name: theirs}
+        leaf = np.broadcast_to(np.float32(0), ours[entry.path])
+        if "{i}" not in name:
+            shapes[name] = entry.to_torch(leaf).shape
+            continue
+        for i, heads in enumerate(config.block_heads):
+            part = first_heads(entry.path, leaf[i], heads, config.num_heads)
+            shapes[name.format(i=i)] = entry.to_torch(part).shape
     return shapes
 
 

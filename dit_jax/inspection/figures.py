@@ -9,9 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from dit_jax.inspection.measure import Measurement
-from dit_jax.inspection.roles import ROLES
+from dit_jax.inspection.roles import CUT
 
-COLOURS = {"local": "#2a7f9e", "between": "#c9c5ba", "global": "#d9683c", "uniform": "#f0cf65", "sink": "#6a3d7c"}
+COLOURS = {
+    "local": "#2a7f9e",
+    "between": "#c9c5ba",
+    "global": "#d9683c",
+    "uniform": "#f0cf65",
+    "sink": "#6a3d7c",
+    CUT: "#f1efeb",
+}
 """As the page has them."""
 SHOWN_LAYERS, SHOWN_HEADS = 8, 8  # of the attention maps, evenly chosen
 
@@ -31,23 +38,24 @@ def draw(report: dict[str, Any], found: Measurement, clean: Mapping[int, np.ndar
 
 def _roles(report: dict[str, Any]) -> Figure:
     columns = ["all", *report["timesteps"]]
-    colours = ListedColormap([COLOURS[role] for role in ROLES])
-    norm = BoundaryNorm(np.arange(len(ROLES) + 1) - 0.5, len(ROLES))
+    names = [role for role in COLOURS if role in dict(report["rules"])]
+    colours = ListedColormap([COLOURS[role] for role in names])
+    norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
     rows, (depth, heads) = len(report["halves"]), np.shape(report["roles"])[2:]
     width, height = max(1.3, 0.16 * heads), max(1.3, 0.16 * depth)
     figure = Figure((width * len(columns) + 1.6, (height + 0.6) * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False, sharex=True, sharey=True)
     for row, half in enumerate(report["halves"]):
         for column, name in enumerate(columns):
-            numbers = np.vectorize(ROLES.index)(report["roles"][row][column])
+            numbers = np.vectorize(names.index)(report["roles"][row][column])
             axes[row, column].imshow(numbers, cmap=colours, norm=norm, aspect="auto")
             axes[row, column].set_title(f"t = {name}" if column else "mean over t", fontsize=9)
             _whole_ticks(axes[row, column], depth, heads)
             _lines_between(axes[row, column], depth, heads)
         axes[row, 0].set_ylabel(f"{half}\nlayer", fontsize=9)
     figure.supxlabel("head", fontsize=9)
-    legend = [Patch(color=COLOURS[role], label=role) for role in ROLES]
-    figure.legend(handles=legend, loc="outside upper center", ncols=len(ROLES), frameon=False, fontsize=9)
+    legend = [Patch(color=COLOURS[role], label=role) for role in names]
+    figure.legend(handles=legend, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
     return figure
 
 
@@ -134,9 +142,10 @@ def _attention(report: dict[str, Any], found: Measurement, clean: Mapping[int, n
     for i, layer in enumerate(layers):
         for j, head in enumerate(across):
             weights = view.weights[layer, head, chosen].reshape(round(cells**0.5), -1)
-            axes[i, j].imshow(picture, cmap="gray", vmin=0, vmax=255, extent=whole)
-            axes[i, j].imshow(weights, cmap="inferno", alpha=0.75, extent=whole)
-            axes[i, j].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="cyan", lw=1.2))
+            if report["roles"][0][0][layer][head] != CUT:
+                axes[i, j].imshow(picture, cmap="gray", vmin=0, vmax=255, extent=whole)
+                axes[i, j].imshow(weights, cmap="inferno", alpha=0.75, extent=whole)
+                axes[i, j].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="cyan", lw=1.2))
             axes[i, j].set_xticks([])
             axes[i, j].set_yticks([])
             if i == 0:

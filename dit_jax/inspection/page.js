@@ -3,7 +3,8 @@ const report = JSON.parse(document.getElementById("report").textContent);
 const views = JSON.parse(document.getElementById("views").textContent);
 const net = report.about.network, L = net.depth, H = net.num_heads, side = net.side, cells = views.cells;
 const byId = id => document.getElementById(id);
-const ROLE_COLOURS = {local: "#2a7f9e", between: "#c9c5ba", global: "#d9683c", uniform: "#f0cf65", sink: "#6a3d7c"};
+const ROLE_COLOURS = {local: "#2a7f9e", between: "#c9c5ba", global: "#d9683c", uniform: "#f0cf65", sink: "#6a3d7c", cut: "#f1efeb"};
+const there = (l, h) => report.roles[0][0][l][h] !== "cut";
 const MEASURES = {
   distance: "mean distance", entropy: "entropy", relative_entropy: "relative entropy", within_1: "within 1",
   within_2: "within 2", within_4: "within 4", sink: "sink", on_condition: "on condition", same_segment: "same segment",
@@ -113,6 +114,7 @@ function open(view) {
   return decoded.get(view);
 }
 function weightsOf(view, layer, head, slot) {
+  if (!there(layer, head)) return Array(cells * cells).fill(0);
   const {weights, largest} = open(view), K = cells * cells, row = (layer * H + head) * views.queries.length + slot;
   return Array.from(weights.subarray(row * K, (row + 1) * K), w => w / 255 * largest[row]);
 }
@@ -150,7 +152,7 @@ function drawLook() {
   history.replaceState(null, "", "#" + ["image", "t", "half", "layer", "head", "query"].map(k => k + "=" + state[k]).join("&"));
 }
 function drawPicture(canvas, uri, weights) {
-  const size = 400, pen = sharp(canvas, size, size), most = Math.max(...weights), w = size / cells, p = size / side;
+  const size = 400, pen = sharp(canvas, size, size), most = Math.max(...weights, 1e-9), w = size / cells, p = size / side;
   picture(uri, image => {
     pen.imageSmoothingEnabled = false;
     pen.drawImage(image, 0, 0, size, size);
@@ -187,7 +189,7 @@ function drawGrid(view, slot) {
   for (let l = 0; l < L; l++) {
     pen.fillStyle = "#5d6b7a"; pen.textAlign = "right"; pen.fillText(size > 40 ? "layer " + l : l, left - 5, top + l * (size + gap) + size / 2);
     for (let h = 0; h < H; h++) {
-      const weights = weightsOf(view, l, h, slot), most = Math.max(...weights), w = size / cells;
+      const weights = weightsOf(view, l, h, slot), most = Math.max(...weights, 1e-9), w = size / cells;
       const x = left + h * (size + gap), y = top + l * (size + gap);
       weights.forEach((a, i) => { pen.fillStyle = orange(a / most); pen.fillRect(x + i % cells * w, y + Math.floor(i / cells) * w, w + 0.3, w + 0.3); });
       const chosen = l === state.layer && h === state.head;
@@ -203,6 +205,7 @@ function drawGrid(view, slot) {
 function read(weights) {
   const patch = i => `row ${Math.floor(i / side)}, column ${i % side}`;
   const role = report.roles[state.half][state.t + 1][state.layer][state.head];
+  if (role === "cut") return `Layer ${state.layer} has no head ${state.head}: it was cut out, and the picture shows nothing of it.`;
   const best = weights.indexOf(Math.max(...weights)), each = side / cells;
   const place = each === 1 ? `the patch at ${patch(best)}` : `the ${each} × ${each} patches from row ${Math.floor(best / cells) * each}, column ${best % cells * each}`;
   return `Layer ${state.layer}, head ${state.head}, at this timestep ${role === "between" ? "between local and global" : role + " on average"}. The patch at ${patch(state.query)} ` +
@@ -212,6 +215,7 @@ function read(weights) {
 /* ---- what each head does ---- */
 function describe(half, t, l, h) {
   const lines = [`layer ${l}, head ${h}: ${report.roles[half][t][l][h]}`];
+  if (!there(l, h)) return lines[0];
   for (const [name, text] of Object.entries(MEASURES)) {
     if (!report.heads[name]) continue;
     const value = report.heads[name][half][t][l][h];
@@ -221,6 +225,7 @@ function describe(half, t, l, h) {
   if (report.widest_gate) lines.push("widest gate " + number(report.widest_gate[l][h]));
   return lines.join("\n");
 }
+const present = report.roles[0][0].flat().filter(role => role !== "cut").length;
 function drawMaps() {
   const known = Object.keys(MEASURES).filter(name => report.heads[name]).map(name => [name, MEASURES[name]]);
   if (report.widest_gate) known.push(["widest_gate", "widest gate"]);
@@ -231,8 +236,8 @@ function drawMaps() {
   const values = roles ? report.roles[state.mapHalf] : gate ? [report.widest_gate] : report.heads[state.measure][state.mapHalf];
   const high = roles ? 1 : Math.max(...flat(values), 1e-9);
   byId("map-legend").replaceChildren(...(roles ? report.rules : []).map(([role]) =>
-    make("li", {}, make("i", {style: "background:" + ROLE_COLOURS[role]}), `${role} (${flat(values[0]).filter(r => r === role).length} of ${L * H})`)));
-  if (gate) byId("map-legend").replaceChildren(make("li", {}, `${flat(values).filter(x => x === 0).length} of ${L * H} heads stayed shut: exactly 0 throughout.`));
+    make("li", {}, make("i", {style: "background:" + ROLE_COLOURS[role]}), `${role} (${flat(values[0]).filter(r => r === role).length} of ${role === "cut" ? L * H : present})`)));
+  if (gate) byId("map-legend").replaceChildren(make("li", {}, `${values[0].flatMap((row, l) => row.filter((x, h) => x === 0 && there(l, h))).length} of ${present} heads stayed shut: exactly 0 throughout.`));
   const cell = cellOf(H, L, Math.max(1080 / values.length - 76, 90), 420, 40);
   byId("maps").replaceChildren(...values.map((map, t) => heat(map, {
     title: gate ? "over all timesteps" : t ? "t = " + report.timesteps[t - 1] : "mean over timesteps", cell: [cell, cell],
@@ -284,7 +289,7 @@ function drawImportance() {
   const t = state.importanceT, loss = found.loss[t];
   byId("importance-controls").replaceChildren(choice("timestep", [[0, "mean"], ...report.timesteps.map((x, i) => [i + 1, String(x)])], "importanceT", drawImportance));
   const rows = [];
-  for (let l = 0; l < L; l++) for (let h = 0; h < H; h++) rows.push({l, h, change: found.change[t][l][h], error: found.error[t][l][h]});
+  for (let l = 0; l < L; l++) for (let h = 0; h < H; h++) if (there(l, h)) rows.push({l, h, change: found.change[t][l][h], error: found.error[t][l][h]});
   rows.sort((a, b) => b.change - a.change);
   const most = Math.max(...rows.map(r => Math.abs(r.change)), 1e-12), shown = state.all ? rows : rows.slice(0, 24);
   const header = make("tr", {}, ...["layer", "head", "role", "loss it adds when removed", "", "% of the loss", "± standard error"].map((text, i) => make("th", {class: i < 2 || i > 4 ? "number" : ""}, text)));
@@ -305,7 +310,7 @@ function drawImportance() {
 
 /* ---- the rest ---- */
 byId("origin").textContent = `${report.about.weights}. ${report.about.data}`;
-byId("facts").replaceChildren(...[[`${L} × ${H}`, "layers × heads"], [`${side} × ${side}`, "patches"], [report.about.images.length, "images"],
+byId("facts").replaceChildren(...[net.heads_left.length ? [net.heads_left.join(", "), "heads of the layers"] : [`${L} × ${H}`, "layers × heads"], [`${side} × ${side}`, "patches"], [report.about.images.length, "images"],
   [report.timesteps.join(", "), "timesteps, of 0 (clean) to " + (report.about.steps - 1)], [report.halves.length === 2 ? "given and none" : "given", "label"], [net.attention, "attention"]]
   .map(([value, text]) => make("li", {}, make("b", {}, String(value)), make("span", {}, text))));
 byId("roles-intro").textContent = `A role is measured, not guessed: it follows from three means over ${report.about.images.length} images and all their patches. Point at a head for its numbers, click it to see it above.`;

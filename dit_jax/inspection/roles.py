@@ -3,6 +3,8 @@
 import numpy as np
 
 ROLES = ("local", "between", "global", "uniform", "sink")
+CUT = "cut"
+"""What is said of a head that a block has lost and others have kept."""
 SINK = 0.5
 """Of the mass: a head that gives half of it to the same few keys, whatever the query, says little of the query."""
 UNIFORM = 0.95

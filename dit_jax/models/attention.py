@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dit_jax.config import DiTConfig
@@ -9,6 +10,28 @@ from dit_jax.models.kernels import dot_product_attention
 from dit_jax.models.layers import Linear, RMSNorm, zeros
 from dit_jax.models.local_attention import Attend
 from dit_jax.models.positions import rotated
+
+Array = jax.Array | np.ndarray
+
+# The axis along which parameters of a block's self-attention lie head by head.
+HEAD_AXIS = {
+    "attn/qkv/kernel": -1,
+    "attn/qkv/bias": -1,
+    "attn/gate/linear/kernel": -1,
+    "attn/gate/linear/bias": -1,
+    "attn/proj/kernel": -2,
+}
+
+
+def first_heads(path: str, leaf: Array, heads: int, of: int) -> Array:
+    """The part of a block's parameter, or of the stack of them, that belongs to its first `heads` heads of `of`.
+
+    A view, where the leaf is NumPy's; the whole leaf if it does not lie by heads.
+    """
+    axis = HEAD_AXIS.get(path.removeprefix("blocks/"))
+    if axis is None or heads == of:
+        return leaf
+    return leaf[..., : leaf.shape[axis] // of * heads, *[slice(None)] * (-1 - axis)]
 
 
 class SelfAttention(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dit_jax.config import AttentionKind, DiTConfig, attention_layers
 from dit_jax.errors import InputError
-from dit_jax.models.attention import CrossAttention, SelfAttention
+from dit_jax.models.attention import CrossAttention, SelfAttention, first_heads
 from dit_jax.models.kernels import KERNELS
 from dit_jax.models.layers import (
     LearnedNorm,
@@ -27,7 +27,7 @@ from dit_jax.models.layers import (
 )
 from dit_jax.models.local_attention import Attend, make_attend
 from dit_jax.models.positions import sincos_positions, sincos_table
-from dit_jax.parallel.sharding import gather_parameters, shard_batch
+from dit_jax.parallel.sharding import gather_parameters, path_name, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -50,7 +50,8 @@ class DiT(nnx.Module):
     """The network: patches of a noised image, a timestep and a label -> the noise and, if learned, its variance.
 
     Module names are those of the PyTorch state dict. The parameters of the blocks are stacked on a leading depth
-    axis and run by one scan, or one for each kind of attention. Parameters are float32; matrix products run in
+    axis and run by one scan, or one for each kind of attention and number of heads; what a block with fewer heads than
+    another has no use for is there, and 0 where it is multiplied. Parameters are float32; matrix products run in
     `config.compute_dtype`; normalisation, softmax, timestep embedding and modulation in float32. The output is exactly
     0 at initialisation.
     """
@@ -62,6 +63,10 @@ class DiT(nnx.Module):
         self.y_embedder = LabelEmbedder(config, rngs=rngs)
         self.context_embedder = ContextEmbedder(config, rngs=rngs) if config.context_features else None
         self.blocks = nnx.vmap(lambda rngs: DiTBlock(config, rngs=rngs))(rngs.split(config.depth))
+        if config.heads_left:
+            rows = np.arange(config.num_heads * config.head_width) // config.head_width
+            there = rows < np.array(config.heads_left)[:, None]
+            self.blocks.attn.proj.kernel[...] *= there[..., None].astype(np.float32)
         self.final_layer = FinalLayer(config, rngs=rngs)
 
     def __call__(
@@ -96,11 +101,14 @@ class DiT(nnx.Module):
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The same, and how far each head was open, the mean of its tokens: (depth, B, H), or None without gates."""
+        """The same, and how far each head was open, the mean of its tokens: (depth, B, H), or None without gates.
+
+        A head that a block does not have is shut.
+        """
         tokens, conditions = self.embed(x, t, y, context, context_mask)
         stacked, gates = (self.blocks_in(tokens.dtype), self.modulations(conditions.c)), []
         for run in runs(self.config):
-            tokens, opened = self.run_blocks(run, tokens, run.part_of(stacked), conditions)
+            tokens, opened = self.run_blocks(run, tokens, run.part_of(stacked, self.config.num_heads), conditions)
             gates.append(opened)
         return self.read_out(tokens, conditions.c), None if opened is None else jnp.concatenate(gates)
 
@@ -171,7 +179,10 @@ class DiT(nnx.Module):
             return tokens, None if opened is None else jnp.stack(gates)
 
         tokens, gates = jax.lax.scan(iteration, tokens, stacked, unroll=max(1, config.unroll // len(layers)))
-        return tokens, gates if len(layers) == 1 or gates is None else gates.reshape(-1, *gates.shape[2:])
+        if gates is None:
+            return tokens, None
+        gates = gates.reshape(-1, *gates.shape[-2:])
+        return tokens, jnp.pad(gates, ((0, 0), (0, 0), (0, config.num_heads - run.heads)))
 
     def read_out(self, tokens: jax.Array, c: jax.Array) -> jax.Array:
         """(B, N, D) tokens of the last block and (B, D) condition -> (B, H, W, C_out)."""
@@ -204,32 +215,45 @@ class Run(NamedTuple):
 
     kinds: tuple[tuple[AttentionKind, bool], ...]
     """The attention of the blocks of one iteration, and whether its windows are shifted."""
+    heads: int
     first: int
     repeats: int
     whole: bool
     """Whether these are all the blocks of the network."""
 
-    def part_of(self, stacked):
-        """The leaves of these blocks, with an axis for the blocks of one iteration if they are several."""
+    def part_of(self, stacked, num_heads: int):
+        """The leaves of these blocks and their heads, with an axis for the blocks of one iteration if they are several.
+
+        stacked: `DiTBlock`s of num_heads heads, and their modulations.
+        """
         period = len(self.kinds)
         last = self.first + self.repeats * period
         part = stacked if self.whole else jax.tree.map(lambda leaf: leaf[self.first : last], stacked)
+        if self.heads < num_heads:
+            fewer = lambda path, leaf: first_heads(path_name(path), leaf, self.heads, num_heads)  # noqa: E731
+            part = jax.tree_util.tree_map_with_path(fewer, part[0]), part[1]
         if period == 1:
             return part
         return jax.tree.map(lambda leaf: leaf.reshape(self.repeats, period, *leaf.shape[1:]), part)
 
 
 def runs(config: DiTConfig) -> Iterator[Run]:
-    """The blocks of a network by their attention: windows come as pairs of one in place and one shifted."""
-    first = 0
+    """The blocks of a network by their attention and heads: windows come as pairs of one in place and one shifted."""
+    kinds = []
     for kind, blocks in groupby(attention_layers(config.attention, config.depth)):
-        count = len(list(blocks))
-        pair = ((kind, False), (kind, True)) if kind.name in ("window", "mixed") else ((kind, False),)
-        repeats, odd = divmod(count, len(pair))
-        for kinds, times in ((pair, repeats), (pair[:1], odd)):
+        shifts = kind.name in ("window", "mixed")
+        kinds += [(kind, shifts and i % 2 == 1) for i, _ in enumerate(blocks)]
+    first = 0
+    for (_, heads), blocks in groupby(
+        zip(kinds, config.block_heads, strict=True), key=lambda block: (block[0][0], block[1])
+    ):
+        together = [kind for kind, _ in blocks]
+        pair = tuple(dict.fromkeys(together))
+        repeats, odd = divmod(len(together), len(pair))
+        for some, times in ((pair, repeats), (pair[:1], odd)):
             if times:
-                yield Run(kinds, first, times, times * len(kinds) == config.depth)
-                first += times * len(kinds)
+                yield Run(some, heads, first, times, times * len(some) == config.depth)
+                first += times * len(some)
 
 
 class DiTBlock(nnx.Module):

@@ -61,7 +61,7 @@ def gather_parameters(tree: Any) -> Any:
         return tree
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
-        scattered, whole = parameter_spec(_name(path), leaf, mesh), P(*_tensor_axes(_name(path), leaf, mesh))
+        scattered, whole = parameter_spec(path_name(path), leaf, mesh), P(*_tensor_axes(path_name(path), leaf, mesh))
         gathered = jax.custom_vjp(lambda leaf: jax.lax.with_sharding_constraint(leaf, whole))
         gathered.defvjp(
             lambda leaf: (gathered(leaf), None),
@@ -84,7 +84,7 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
     """
 
     def rule(path: tuple, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(_name(path), leaf, mesh))
+        return NamedSharding(mesh, parameter_spec(path_name(path), leaf, mesh))
 
     return jax.tree_util.tree_map_with_path(rule, tree)
 
@@ -107,5 +107,6 @@ def _tensor_axes(path: str, leaf: Any, mesh: Mesh) -> list[str | None]:
     return axes
 
 
-def _name(path: tuple) -> str:
+def path_name(path: tuple) -> str:
+    """The path of a leaf as `blocks/attn/qkv/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of a module's parameters

@@ -48,7 +48,7 @@ def first_state(config: ConfigDict, mesh: Mesh, class_names: Sequence[str]) -> T
 def require_same_network(theirs: DiTConfig, ours: DiTConfig, origin: str) -> None:
     """Raise InputError, naming the fields, unless one's weights mean the same in the other."""
     fields = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "learn_sigma")
-    fields += ("downscale_freq_shift", "norm2_eps", "head_dim", "qk_norm", "rope", "block")
+    fields += ("downscale_freq_shift", "norm2_eps", "head_dim", "heads_left", "qk_norm", "rope", "block")
     # What a network does not have it can be given.
     fields += ("context_features",) if theirs.context_features else ()
     fields += ("head_gate",) if theirs.head_gate != "none" else ()

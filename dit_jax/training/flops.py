@@ -10,7 +10,7 @@ def forward_macs(config: DiTConfig) -> int:
     Windows and neighbourhoods count as they are computed, with what their masks hide. The paper's "Gflops" are these,
     in units of 1e9.
     """
-    patches, D, heads = config.tokens, config.hidden_size, config.num_heads * config.head_width
+    patches, D, widths = config.tokens, config.hidden_size, [heads * config.head_width for heads in config.block_heads]
     patch_embed = patches * config.patch_size**2 * config.in_channels * D
     timestep_mlp = 256 * D + D * D
     context_mlp = config.context_tokens * (config.context_features + D) * D
@@ -18,15 +18,18 @@ def forward_macs(config: DiTConfig) -> int:
     final_layer = (2 * D * D if modulation else 0) + patches * D * config.patch_size**2 * config.out_channels
 
     N = patches + (2 if config.block == "in-context" else 0)
-    block = N * (4 * D * heads + 2 * D * config.mlp_width)  # qkv, proj, fc1 and fc2, for each token
-    block += modulation + {"none": 0, "token": N, "condition": 1}[config.head_gate] * D * config.num_heads
-    if context := config.context_tokens + (2 if config.block == "cross-attention" else 0):
-        block += 2 * D * heads * (patches + context) + 2 * patches * context * heads  # q and proj, kv, and the scores
-    attention = sum(
-        2 * heads * (N * N if kind.name == "global" else scores_computed(kind, config.side))  # and times the values
-        for kind in attention_layers(config.attention, config.depth)
-    )
-    return patch_embed + timestep_mlp + context_mlp + config.depth * block + attention + final_layer
+    gated = {"none": 0, "token": N, "condition": 1}[config.head_gate]
+    context = config.context_tokens + (2 if config.block == "cross-attention" else 0)
+    blocks = 0
+    for kind, heads, width in zip(
+        attention_layers(config.attention, config.depth), config.block_heads, widths, strict=True
+    ):
+        blocks += modulation + N * (4 * D * width + 2 * D * config.mlp_width) + gated * D * heads
+        # A score's product with queries and keys, and the values'.
+        blocks += 2 * width * (N * N if kind.name == "global" else scores_computed(kind, config.side))
+        if context:
+            blocks += 2 * D * width * (patches + context) + 2 * patches * context * width  # q, proj; kv; the scores
+    return patch_embed + timestep_mlp + context_mlp + blocks + final_layer
 
 
 def train_flops(config: DiTConfig) -> int:

@@ -127,7 +127,7 @@ def test_a_wrong_schedule_is_refused_in_one_line(schedule, told):
 
 
 def test_half_of_an_odd_number_of_heads_is_refused():
-    with pytest.raises(InputError, match="num_heads=1"):
+    with pytest.raises(InputError, match="half of the 1 heads"):
         dataclasses.replace(TINY, attention="mixed:3", num_heads=1)
 
 

@@ -114,9 +114,9 @@ def test_the_page_needs_nothing_else_and_says_what_the_numbers_say(made):
 
 def test_the_smaller_network_draws_the_same(made):
     folder, said = made
-    assert "3 of 4 heads in each block" in said
+    assert "the blocks have 3, 2 heads and had 4, 4\n" in said
     whole, smaller = load_dit(folder / "gated.safetensors"), load_dit(folder / "smaller.safetensors")
-    assert smaller.config.num_heads == 3 and smaller.config.head_dim == 4
+    assert smaller.config.block_heads == (3, 2) and smaller.config.head_dim == 4
     x, t, y = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.array([0, 500, 999]), jnp.array([1, 10, 7])
     assert float(jnp.abs(whole(x, t, y) - smaller(x, t, y)).max()) < 2e-5
 

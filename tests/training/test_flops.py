@@ -33,8 +33,9 @@ def test_xl_2_at_512_pixels_and_a_training_step():
     assert train_flops(DiTConfig.preset("DiT-XL/2")) / 1e9 == pytest.approx(712, abs=0.5)
 
 
-def test_the_compiler_counts_the_same_matrix_products():
-    config = DiTConfig(input_size=16, patch_size=2, hidden_size=256, depth=1, num_heads=4, num_classes=10)
+@pytest.mark.parametrize("heads", [dict(depth=1), dict(depth=2, heads_left=(4, 1))], ids=["even", "uneven"])
+def test_the_compiler_counts_the_same_matrix_products(heads):
+    config = DiTConfig(input_size=16, patch_size=2, hidden_size=256, num_heads=4, head_dim=64, num_classes=10, **heads)
     model = DiT(config, rngs=nnx.Rngs(0))
     args = jnp.zeros((4, 16, 16, 4)), jnp.zeros(4), jnp.zeros(4, int)
     counted = jax.jit(lambda *args: model(*args)).lower(*args).compile().cost_analysis()["flops"]
