@@ -146,6 +146,7 @@ def _attention(report: dict[str, Any], found: Measurement, clean: Mapping[int, n
                 axes[i, j].imshow(picture, cmap="gray", vmin=0, vmax=255, extent=whole)
                 axes[i, j].imshow(weights, cmap="inferno", alpha=0.75, extent=whole)
                 axes[i, j].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="cyan", lw=1.2))
+            axes[i, j].set_box_aspect(1)
             axes[i, j].set_xticks([])
             axes[i, j].set_yticks([])
             if i == 0:

@@ -121,6 +121,18 @@ def test_the_smaller_network_draws_the_same(made):
     assert float(jnp.abs(whole(x, t, y) - smaller(x, t, y)).max()) < 2e-5
 
 
+def test_a_report_on_the_smaller_network_says_what_was_cut(made):
+    folder, _ = made
+    out = folder / "smaller_report"
+    few = ("--data=digits", "--count=2", "--timesteps=500", "--ablate=2")
+    result = run(f"--weights={folder / 'smaller.safetensors'}", f"--out={out}", *few)
+    assert result.returncode == 0 and "roles of 5 heads: " in result.stdout, result.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["about"]["network"]["heads_left"] == [3, 2] and report["rules"][-1][0] == "cut"
+    assert np.argwhere(np.array(report["roles"])[0, 0] == "cut").tolist() == [[1, 2]]
+    assert not np.array(report["widest_gate"])[1, 2] and not np.array(report["heads"]["entropy"])[..., 1, 2].any()
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(made, tmp_path):
     folder, _ = made
     weights = f"--weights={folder / 'gated.safetensors'}"
