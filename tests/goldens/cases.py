@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from goldens.seeded import seeded_weights
 
 from dit_jax import DiT, DiTConfig
+from dit_jax.models.dit import abstract_dit
 
 FOLDER = Path(__file__).parent
 
@@ -48,16 +50,18 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 def seeded_dit(config: DiTConfig) -> DiT:
     """The model whose weights `seeded.py` makes from the names and shapes of its state dict."""
-    shapes = {name: a.shape for name, a in DiT(config, rngs=_rngs()).to_state_dict().items() if name != "pos_embed"}
+    graph, params = abstract_dit(config)
+    empty = nnx.merge(graph, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params))
+    shapes = {name: a.shape for name, a in empty.to_state_dict().items() if name != "pos_embed"}
     return DiT.from_state_dict(config, seeded_weights(shapes))
+
+
+def random_like(tree, scale: float):
+    """NumPy's normal numbers in the shapes of the leaves: JAX would compile a program for each shape."""
+    normal = lambda a: np.random.default_rng(a.size).standard_normal(a.shape, np.float32)  # noqa: E731
+    return jax.tree.map(lambda a: jnp.asarray(np.float32(scale) * normal(a)), tree)
 
 
 def relative_error(ours: jax.Array, theirs: np.ndarray) -> float:
     """The largest difference, relative to the largest output."""
     return float(jnp.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def _rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)

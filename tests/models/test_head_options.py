@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from goldens.cases import TINY, golden, relative_error, seeded_dit
+from goldens.cases import TINY, golden, random_like, relative_error, seeded_dit
 from ml_collections import ConfigDict
 
 from dit_jax import DiT, DiTConfig
@@ -134,7 +134,7 @@ def test_normalised_queries_and_keys_do_not_see_their_length():
 def test_options_survive_the_state_dict_and_train(changes):
     config = dataclasses.replace(TINY, **changes)
     shapes = abstract_dit(config)[1]
-    params = jax.tree.map(lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes)
+    params = random_like(shapes, 0.2)
     model = nnx.merge(abstract_dit(config)[0], params)
     again = DiT.from_state_dict(config, model.to_state_dict())
     rng = np.random.default_rng(0)

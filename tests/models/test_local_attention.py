@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from goldens.cases import relative_error
+from goldens.cases import random_like, relative_error
 
 from dit_jax import DiTConfig
 from dit_jax.config import AttentionKind, attention_layers
@@ -145,7 +145,7 @@ def test_blocks_of_one_kind_run_as_one_scan_and_every_other_window_is_shifted():
 
 def weights_of(config: DiTConfig) -> dict:
     shapes = abstract_dit(config)[1]
-    return jax.tree.map(lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes)
+    return random_like(shapes, 0.2)
 
 
 def inputs(config: DiTConfig, images: int = 2):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from goldens.cases import golden
+from goldens.cases import golden, random_like
 from goldens.seeded import seeded_array, seeded_weights
 from ml_collections import ConfigDict
 
@@ -52,7 +52,8 @@ def run(config: ConfigDict, devices: int = 1, steps: int = 5, batch=batch):
     with jax.set_mesh(mesh):
         state = init_state(config, mesh)
         # A network that is zero at the start hides mistakes in its blocks.
-        kicked = jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), state.params)
+        kick = lambda a, by: jax.device_put(np.asarray(a) + np.asarray(by), a.sharding)  # noqa: E731
+        kicked = jax.tree.map(kick, state.params, random_like(state.params, 0.05))
         state = state.replace(params=kicked)
         step = make_train_step(config, mesh)
         losses = []
