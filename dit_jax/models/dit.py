@@ -216,6 +216,7 @@ class Run(NamedTuple):
     kinds: tuple[tuple[AttentionKind, bool], ...]
     """The attention of the blocks of one iteration, and whether its windows are shifted."""
     heads: int
+    """Of each block."""
     first: int
     repeats: int
     whole: bool
