@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and how a run goes on from one."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -71,10 +72,12 @@ def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int
 
 def require_same_architecture(config: ConfigDict, saved: dict, folder: Path) -> None:
     """Raise InputError, naming the fields, if a saved config describes another network."""
+    there = {name: saved["model"].get(name, getattr(DiTConfig, name)) for name in config.model}
+    theirs, ours = (dataclasses.asdict(DiTConfig(**model)) for model in (there, config.model))
     differing = [
-        f"{name}={saved['model'].get(name)!r} there, {value!r} here"
-        for name, value in config.model.items()
-        if name not in COMPUTATION and saved["model"].get(name, getattr(DiTConfig, name)) != value
+        f"{name}={theirs[name]!r} there, {value!r} here"
+        for name, value in ours.items()
+        if name not in COMPUTATION and theirs[name] != value
     ]
     if differing:
         raise InputError(
