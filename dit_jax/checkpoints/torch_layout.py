@@ -63,8 +63,8 @@ def to_leaves(config: DiTConfig, state_dict: dict[str, np.ndarray]) -> Iterator[
             leaf = np.zeros(shapes[entry.path], np.float32)
             if "{i}" in entry.name:
                 for i, heads in enumerate(config.block_heads):
-                    part = first_heads(entry.path, leaf[i], heads, config.num_heads)
-                    part[...] = entry.from_torch(state_dict.pop(entry.name.format(i=i)))
+                    theirs = state_dict.pop(entry.name.format(i=i))
+                    first_heads(entry.path, leaf[i], heads, config.num_heads)[...] = entry.from_torch(theirs)
             else:
                 leaf[...] = entry.from_torch(state_dict.pop(entry.name))
             yield entry.path, leaf
@@ -81,8 +81,9 @@ def from_leaves(config: DiTConfig, leaves: Iterable[Leaf]) -> dict[str, np.ndarr
         entry, leaf = entries[path], np.asarray(leaf)
         if "{i}" in entry.name:
             for i, heads in enumerate(config.block_heads):
-                part = first_heads(path, leaf[i], heads, config.num_heads)
-                state_dict[entry.name.format(i=i)] = np.array(entry.to_torch(part), order="C")
+                theirs = entry.to_torch(first_heads(path, leaf[i], heads, config.num_heads))
+                state_dict[entry.name.format(i=i)] = np.array(theirs, order="C")
+                del theirs  # which may be a view of the leaf
         else:
             state_dict[entry.name] = np.array(entry.to_torch(leaf), order="C")
         del leaf  # before the next one is read
