@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax.errors import InputError
@@ -195,6 +196,11 @@ class DiTConfig:
     def block_heads(self) -> tuple[int, ...]:
         """Heads of each block."""
         return self.heads_left or (self.num_heads,) * self.depth
+
+    @property
+    def head_exists(self) -> np.ndarray:
+        """(depth, num_heads) bool: whether a block has so many heads."""
+        return np.arange(self.num_heads) < np.array(self.block_heads)[:, None]
 
     @property
     def mlp_width(self) -> int:

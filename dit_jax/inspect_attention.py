@@ -71,7 +71,7 @@ def main() -> None:
             found = measure(model, diffusion, images, timesteps, bar.update)
         if config.head_gate == "condition":
             found = found._replace(widest_gate=widest_condition_gates(model, diffusion.steps))
-        importance, passes = None, ABLATE.value * len(timesteps) * (1 + config.depth * config.num_heads)
+        importance, passes = None, ABLATE.value * len(timesteps) * (1 + sum(config.block_heads))
         if passes:
             with tqdm(desc="removing heads", total=passes, unit="pass") as bar:
                 importance = head_importance(model, diffusion, others, timesteps, bar.update)

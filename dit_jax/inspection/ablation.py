@@ -33,7 +33,7 @@ class Importance(NamedTuple):
     loss: np.ndarray
     """(1 + T,): the mean loss of the whole network."""
     change: np.ndarray
-    """(1 + T, depth, heads): how much more it is without the head."""
+    """(1 + T, depth, heads): how much more it is without the head; 0 of heads that a block does not have."""
     error: np.ndarray
     """(1 + T, depth, heads): the standard error of that change over images."""
 
@@ -48,11 +48,12 @@ def head_importance(
     """Losses with all heads and without each of them, at (T,) steps of the process.
 
     Image b has the same noise at every timestep, by its index alone. `progress` is told how many passes over one image
-    were done, of 1 + depth * heads for each image and timestep.
+    were done, of 1 + the number of heads for each image and timestep.
     """
     x0, y, noise = images.x0, images.labels, noise_like(images.x0)
     depth, heads, together = model.config.depth, model.config.num_heads, images_at_once(model.config)
-    masks = np.concatenate([np.ones((1, depth * heads)), 1 - np.eye(depth * heads)]).astype(np.float32)
+    without_one = 1 - np.eye(depth * heads)[model.config.head_exists.reshape(-1)]
+    masks = np.concatenate([np.ones((1, depth * heads)), without_one]).astype(np.float32)
     masks = masks.reshape(-1, depth, heads)
     losses = np.empty((len(timesteps), len(x0), len(masks)))
     for first in range(0, len(x0), together):
@@ -65,9 +66,10 @@ def head_importance(
                 progress(found.size)
     losses = np.concatenate([losses.mean(axis=0, keepdims=True), losses])
     change = losses[..., 1:] - losses[..., :1]
-    shape = (len(losses), depth, heads)
-    error = change.std(axis=1, ddof=min(1, len(x0) - 1)) / np.sqrt(len(x0))
-    return Importance(losses[..., 0].mean(axis=1), change.mean(axis=1).reshape(shape), error.reshape(shape))
+    found = change.mean(axis=1), change.std(axis=1, ddof=min(1, len(x0) - 1)) / np.sqrt(len(x0))
+    by_head = np.zeros((2, len(losses), depth, heads))
+    by_head[..., model.config.head_exists] = found
+    return Importance(losses[..., 0].mean(axis=1), *by_head)
 
 
 @partial(jax.jit, static_argnames="diffusion")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import DiTConfig
-from dit_jax.models.dit import DiT, runs
+from dit_jax.models.dit import DiT
 from dit_jax.models.local_attention import allowed
+from dit_jax.models.runs import runs
 
 
 class Inputs(NamedTuple):

@@ -14,7 +14,7 @@ from dit_jax.inspection.ablation import Importance
 from dit_jax.inspection.conditions import Modulations
 from dit_jax.inspection.images import Images
 from dit_jax.inspection.measure import Measurement
-from dit_jax.inspection.roles import CUT, RULES, roles
+from dit_jax.inspection.roles import CUT, CUT_RULE, RULES, roles
 from dit_jax.inspection.statistics import of_uniform_attention
 
 Show = Callable[[np.ndarray], np.ndarray]
@@ -34,10 +34,8 @@ def make_report(
     uniform = of_uniform_attention(config.side)
     overall = {name: values.mean(axis=1, keepdims=True) for name, values in found.heads.items()}
     heads = {name: np.concatenate([overall[name], values], axis=1) for name, values in found.heads.items()}
-    missing = np.arange(config.num_heads) >= np.array(config.block_heads)[:, None]
     measured = roles(heads["distance"], heads["relative_entropy"], heads["sink"], uniform["distance"])
-    cut = [(CUT, "not there: pruned, where another block has kept more heads; all its numbers are 0")]
-    heads = {name: np.where(missing, 0.0, values) for name, values in heads.items()}
+    heads = {name: np.where(config.head_exists, values, 0.0) for name, values in heads.items()}
     if config.block != "in-context":
         del heads["on_condition"]
     report = {
@@ -51,9 +49,9 @@ def make_report(
             "importance.change, importance.error": "mean over timesteps and then each timestep, layer, head",
         },
         "uniform": uniform,
-        "rules": [*RULES, *(cut if missing.any() else [])],
+        "rules": [*RULES, CUT_RULE] if config.heads_left else RULES,
         "heads": heads,
-        "roles": np.where(missing, CUT, measured),
+        "roles": np.where(config.head_exists, measured, CUT),
         "branches": found.branches,
         "modulation": {
             "timesteps": modulations.timesteps,
@@ -61,7 +59,7 @@ def make_report(
             "chosen": modulations.labels,
             "size": modulations.sizes,
         },
-        "widest_gate": None if found.widest_gate is None else np.where(missing, 0.0, found.widest_gate),
+        "widest_gate": None if found.widest_gate is None else np.where(config.head_exists, found.widest_gate, 0.0),
         "importance": None if importance is None else importance._asdict(),
     }
     report["modulation"]["labels"] = [report["modulation"]["labels"][y] for y in modulations.labels]

@@ -22,6 +22,7 @@ RULES = (
     ("between", "none of these"),
 )
 """What decides, in this order, in words."""
+CUT_RULE = (CUT, "not there: pruned, where another block has kept more heads; all its numbers are 0")
 
 
 def roles(distance: np.ndarray, relative_entropy: np.ndarray, sink: np.ndarray, uniform_distance: float) -> np.ndarray:

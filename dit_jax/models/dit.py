@@ -1,8 +1,6 @@
 """Diffusion Transformers (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748)."""
 
-import math
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.config import AttentionKind, DiTConfig, attention_layers
+from dit_jax.config import AttentionKind, DiTConfig
 from dit_jax.errors import InputError
-from dit_jax.models.attention import CrossAttention, SelfAttention, first_heads
+from dit_jax.models.attention import CrossAttention, SelfAttention
+from dit_jax.models.embedders import ContextEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from dit_jax.models.kernels import KERNELS
 from dit_jax.models.layers import (
     LearnedNorm,
@@ -21,13 +20,12 @@ from dit_jax.models.layers import (
     Modulation,
     gelu_tanh,
     modulated_norm,
-    normal_002,
     plain_norm,
     zeros,
 )
 from dit_jax.models.local_attention import Attend, make_attend
-from dit_jax.models.positions import sincos_positions, sincos_table
-from dit_jax.parallel.sharding import gather_parameters, path_name, shard_batch
+from dit_jax.models.runs import Run, runs
+from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -64,9 +62,8 @@ class DiT(nnx.Module):
         self.context_embedder = ContextEmbedder(config, rngs=rngs) if config.context_features else None
         self.blocks = nnx.vmap(lambda rngs: DiTBlock(config, rngs=rngs))(rngs.split(config.depth))
         if config.heads_left:
-            rows = np.arange(config.num_heads * config.head_width) // config.head_width
-            there = rows < np.array(config.heads_left)[:, None]
-            self.blocks.attn.proj.kernel[...] *= there[..., None].astype(np.float32)
+            rows = np.repeat(config.head_exists, config.head_width, axis=1)
+            self.blocks.attn.proj.kernel[...] *= rows[..., None].astype(np.float32)
         self.final_layer = FinalLayer(config, rngs=rngs)
 
     def __call__(
@@ -149,7 +146,7 @@ class DiT(nnx.Module):
         return jax.vmap(lambda block, c: block.modulation(c))(self.blocks, conditions)
 
     def run_blocks(
-        self, run: "Run", tokens: jax.Array, stacked: tuple["DiTBlock", tuple[jax.Array, ...]], conditions: Conditions
+        self, run: Run, tokens: jax.Array, stacked: tuple["DiTBlock", tuple[jax.Array, ...]], conditions: Conditions
     ) -> tuple[jax.Array, jax.Array | None]:
         """tokens: (B, N, D), stacked: the blocks of the run and their modulations -> (B, N, D), and the gates
         (blocks, B, H) as in `with_gates`, by one scan."""
@@ -208,53 +205,6 @@ def abstract_dit(config: DiTConfig) -> tuple[nnx.GraphDef, dict]:
     arrays is the model. Nothing is computed."""
     graph, params = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graph, nnx.to_pure_dict(params)
-
-
-class Run(NamedTuple):
-    """Consecutive blocks that one scan runs."""
-
-    kinds: tuple[tuple[AttentionKind, bool], ...]
-    """The attention of the blocks of one iteration, and whether its windows are shifted."""
-    heads: int
-    """Of each block."""
-    first: int
-    repeats: int
-    whole: bool
-    """Whether these are all the blocks of the network."""
-
-    def part_of(self, stacked, num_heads: int):
-        """The leaves of these blocks and their heads, with an axis for the blocks of one iteration if they are several.
-
-        stacked: `DiTBlock`s of num_heads heads, and their modulations.
-        """
-        period = len(self.kinds)
-        last = self.first + self.repeats * period
-        part = stacked if self.whole else jax.tree.map(lambda leaf: leaf[self.first : last], stacked)
-        if self.heads < num_heads:
-            fewer = lambda path, leaf: first_heads(path_name(path), leaf, self.heads, num_heads)  # noqa: E731
-            part = jax.tree_util.tree_map_with_path(fewer, part[0]), part[1]
-        if period == 1:
-            return part
-        return jax.tree.map(lambda leaf: leaf.reshape(self.repeats, period, *leaf.shape[1:]), part)
-
-
-def runs(config: DiTConfig) -> Iterator[Run]:
-    """The blocks of a network by their attention and heads: windows come as pairs of one in place and one shifted."""
-    kinds = []
-    for kind, blocks in groupby(attention_layers(config.attention, config.depth)):
-        shifts = kind.name in ("window", "mixed")
-        kinds += [(kind, shifts and i % 2 == 1) for i, _ in enumerate(blocks)]
-    first = 0
-    for (_, heads), blocks in groupby(
-        zip(kinds, config.block_heads, strict=True), key=lambda block: (block[0][0], block[1])
-    ):
-        together = [kind for kind, _ in blocks]
-        pair = tuple(dict.fromkeys(together))
-        repeats, odd = divmod(len(together), len(pair))
-        for some, times in ((pair, repeats), (pair[:1], odd)):
-            if times:
-                yield Run(some, heads, first, times, times * len(some) == config.depth)
-                first += times * len(some)
 
 
 class DiTBlock(nnx.Module):
@@ -321,89 +271,3 @@ class FinalLayer(nnx.Module):
         """x: (B, N, D), c: (B, D) -> (B, N, p * p * C_out) float32."""
         shift, scale = self.norm() if self.adaLN_modulation is None else self.adaLN_modulation(c)
         return self.linear(modulated_norm(x, shift, scale))
-
-
-class PatchEmbed(nnx.Module):
-    """Non-overlapping p x p patches as tokens, row by row, each with its fixed position added."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        features = config.patch_size**2 * config.in_channels
-        self.proj = Linear(features, config.hidden_size, dtype=config.compute_dtype, rngs=rngs)
-        self.patch_size = config.patch_size
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, H, W, C) -> (B, N, D) with N = (H / p) * (W / p)."""
-        B, H, W, C = x.shape
-        p = self.patch_size
-        patches = x.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
-        tokens = self.proj(patches.reshape(B, -1, p * p * C))
-        return tokens + sincos_positions(tokens.shape[-1], H // p).astype(tokens.dtype)
-
-
-def unpatchify(tokens: jax.Array, patch_size: int) -> jax.Array:
-    """tokens: (B, N, p * p * C), each a patch with its channels fastest -> (B, H, W, C) square images."""
-    B, N, features = tokens.shape
-    p, side = patch_size, math.isqrt(N)
-    patches = tokens.reshape(B, side, side, p, p, features // p**2)
-    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(B, side * p, side * p, -1)
-
-
-class TimestepEmbedder(nnx.Module):
-    """Sinusoids of the timestep (Ho et al. 2020, app. B) through two linear layers."""
-
-    num_frequencies = 256
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        width, init = config.hidden_size, normal_002
-        self.mlp = Mlp(self.num_frequencies, width, width, activation=nnx.silu, kernel_init=init, rngs=rngs)
-        self.downscale_freq_shift = config.downscale_freq_shift
-
-    def __call__(self, t: jax.Array) -> jax.Array:
-        """t: (B,) timesteps in 0..999 -> (B, D) float32."""
-        return self.mlp(timestep_embedding(t, self.num_frequencies, downscale_freq_shift=self.downscale_freq_shift))
-
-
-def timestep_embedding(
-    t: jax.Array, num_frequencies: int, max_period: float = 10000.0, downscale_freq_shift: int = 0
-) -> jax.Array:
-    """t: (B,) -> (B, num_frequencies) float32, cosines first, then sines, of t times falling frequencies."""
-    half = num_frequencies // 2
-    exponents = (
-        -np.float32(np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - downscale_freq_shift)
-    )
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)  # float32's own exp is an ulp off, times 999
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class LabelEmbedder(nnx.Module):
-    """A learned vector a class, and one more for the null class if labels are dropped in training."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.embedding_table = nnx.Param(normal_002(rngs.params(), (config.label_rows, config.hidden_size)))
-
-    def __call__(self, y: jax.Array) -> jax.Array:
-        """y: (B,) labels -> (B, D) float32."""
-        return self.embedding_table[...][y]
-
-
-class ContextEmbedder(nnx.Module):
-    """Condition tokens of any kind at the hidden width, each with its place in the sequence added."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.longest, self.features = config.context_tokens, config.context_features
-        self.mlp = Mlp(self.features, config.hidden_size, config.hidden_size, activation=gelu_tanh, rngs=rngs)
-
-    def __call__(self, B: int, context: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """context: (B, L, context_features), mask: (B, L) bool -> (B, L, D) float32, and the mask."""
-        if context is None or context.shape == (B, 0, self.features):
-            context, mask = jnp.zeros((B, 1, self.features)), jnp.zeros((B, 1), bool)
-        mask = jnp.ones(context.shape[:2], bool) if mask is None else mask
-        length = mask.shape[-1]
-        if context.shape != (B, length, self.features) or mask.shape != (B, length) or length > self.longest:
-            raise InputError(
-                f"context has shape {context.shape} and its mask {mask.shape}; this DiT expects ({B}, L, "
-                f"{self.features}) and ({B}, L), L at most {self.longest}"
-            )
-        tokens = self.mlp(context)
-        return tokens + sincos_table(tokens.shape[-1], length).astype(np.float32), mask

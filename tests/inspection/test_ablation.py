@@ -34,11 +34,14 @@ def loss_of(model, images, diffusion, t: int) -> np.ndarray:
     return np.asarray(losses(model, diffusion, images.x0, images.labels, t, noise_like(images.x0)), np.float64)
 
 
-@pytest.mark.parametrize("change", [{}, dict(attention="mixed:2*2,global", head_gate="token")])
+@pytest.mark.parametrize(
+    "change", [{}, dict(attention="mixed:2*2,global", head_gate="token"), dict(heads_left=(4, 1, 4))]
+)
 def test_the_loss_changes_as_when_the_heads_output_rows_are_zero(change):
     model, images, diffusion, importance = measured(**change)
     whole = [loss_of(model, images, diffusion, t) for t in TIMESTEPS]
     np.testing.assert_allclose(importance.loss[1:], [each.mean() for each in whole], rtol=1e-5)
+    assert ((importance.change[0] != 0) == model.config.head_exists).all()
     width = model.config.head_width
     for layer, head in ((0, 0), (2, 3)):
         less = jax.tree.map(lambda leaf: leaf, model)

@@ -14,7 +14,7 @@ from dit_jax import DiTConfig
 from dit_jax.config import AttentionKind, attention_layers
 from dit_jax.errors import InputError
 from dit_jax.models import local_attention
-from dit_jax.models.dit import abstract_dit, runs
+from dit_jax.models.dit import abstract_dit
 from dit_jax.models.flash import flash_attention
 from dit_jax.models.kernels import xla_attention
 from dit_jax.models.local_attention import make_attend
@@ -129,18 +129,6 @@ def test_a_wrong_schedule_is_refused_in_one_line(schedule, told):
 def test_half_of_an_odd_number_of_heads_is_refused():
     with pytest.raises(InputError, match="half of the 1 heads"):
         dataclasses.replace(TINY, attention="mixed:3", num_heads=1)
-
-
-def test_blocks_of_one_kind_run_as_one_scan_and_every_other_window_is_shifted():
-    window, everywhere = AttentionKind("window", 3), AttentionKind("global")
-    found = list(runs(dataclasses.replace(TINY, attention="window:3*3,global*2")))
-    assert [(run.kinds, run.first, run.repeats) for run in found] == [
-        (((window, False), (window, True)), 0, 1),
-        (((window, False),), 2, 1),
-        (((everywhere, False),), 3, 2),
-    ]
-    (whole,) = runs(TINY)
-    assert whole.whole and whole.repeats == 5
 
 
 def weights_of(config: DiTConfig) -> dict:
