@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,3 +13,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Most of the tests' time is compilation, and their networks are small.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker waits for the last file of another."""
+    items.sort(key=lambda item: item.path.parent.name != "system")

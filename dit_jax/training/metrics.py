@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dit_jax.files import replacing
@@ -56,6 +55,8 @@ class TrainingLog:
             path = workdir / "metrics.jsonl"
             _drop_lines_after(path, first_step)
             self._file = path.open("a")
+            from tensorboardX import SummaryWriter  # it imports PyTorch, where that is installed; one process writes
+
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         seconds = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(

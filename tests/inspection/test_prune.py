@@ -27,7 +27,6 @@ CASES = {  # the config, the shut heads of each block, how many heads stay
     "all and none": (dict(head_gate="token"), [[0, 1, 2, 3], [], [0, 1, 3]], [1, 4, 1]),
     "condition, qk_norm, rope": (dict(head_gate="condition", qk_norm=True, rope=True), [[3], [0, 1], [2]], [3, 2, 3]),
     "mixed": (dict(head_gate="token", attention="mixed:2*2,global"), [[0, 1, 2], [2], [0, 2, 3]], [2, 4, 1]),
-    "windows": (dict(head_gate="token", attention="window:2"), [[1, 2], [0, 3], [0]], [2, 2, 3]),
     "one pair of windows parted": (dict(head_gate="token", attention="window:2"), [[1], [0, 3], [0]], [3, 2, 3]),
 }
 

@@ -38,7 +38,7 @@ def test_kernels_agree_with_the_equation(tokens, heads, head_dim):
         np.testing.assert_allclose(out, expected, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), CASES)
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(256, 2, 72), (9, 2, 8)])
 def test_gradients_are_those_that_jax_derives_from_the_equation(tokens, heads, head_dim):
     qkv, weight = example(tokens, heads, head_dim)
 

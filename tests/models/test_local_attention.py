@@ -164,15 +164,14 @@ def test_any_schedule_takes_the_same_weights_and_runs_its_blocks_in_order(schedu
     assert relative_error(out, block_by_block(config, params, *inputs(config))) < 2e-5
 
 
-@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"unroll": 5}])
-def test_recomputing_and_unrolling_change_nothing(changes):
+def test_recomputing_and_unrolling_change_nothing():
     config, params = dataclasses.replace(TINY, attention="window:3*3,mixed:3*2"), weights_of(TINY)
 
     def gradient(config):
         graph = abstract_dit(config)[0]
         return jax.jit(jax.grad(lambda params: jnp.square(nnx.merge(graph, params)(*inputs(config))).sum()))(params)
 
-    ours, plain = gradient(dataclasses.replace(config, **changes)), gradient(config)
+    ours, plain = gradient(dataclasses.replace(config, remat="dots", unroll=5)), gradient(config)
     for changed, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert relative_error(changed, expected) < 2e-5
 

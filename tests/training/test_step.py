@@ -132,15 +132,14 @@ def told_on_one_device():
     return run(tiny_config(**TOLD), batch=told_batch)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
-def test_with_a_context_every_mesh_gives_the_losses_of_one_device(shape, told_on_one_device):
-    mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+def test_with_a_context_a_mesh_gives_the_losses_of_one_device(told_on_one_device):
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     losses, state = run(tiny_config(**TOLD, mesh=mesh), devices=8, batch=told_batch)
     np.testing.assert_allclose(losses, told_on_one_device[0], rtol=1e-5)
     blind, _ = run(tiny_config(**TOLD), steps=1, batch=unseen)
     assert abs(blind[0] - losses[0]) > 1e-4, "the context is seen"
     kernel = state.params["blocks"]["cross_attn"]["kv"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape[-1] == 64 // shape[2]
+    assert kernel.addressable_shards[0].data.shape[-1] == 64 // 2
 
 
 def test_parts_of_a_batch_keep_their_context(told_on_one_device):
