@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from dit_jax.checkpoints.codec import Codec
 from dit_jax.checkpoints.record import Record
@@ -99,7 +100,7 @@ def from_source(source: Source, record: Record, codec: Codec | None, count: int,
     x0 = np.stack([x for x, _ in found])
     if codec is not None and codec.config is not None and not isinstance(source, LatentSource):
         encode = jax.jit(partial(_encode, codec))
-        x0 = np.concatenate([encode(codec.params, x[None]) for x in x0])
+        x0 = np.concatenate([encode(codec.params, x[None]) for x in tqdm(x0, desc="encoding", unit="image")])
     if x0.shape[1:] != (config.input_size, config.input_size, config.in_channels):
         raise InputError(
             f"{source!r} gives inputs of shape {x0.shape[1:]}; the network takes side {config.input_size} and "
@@ -128,10 +129,12 @@ def generated(model: DiT, record: Record, steps: int, count: int, labels: list[i
         return ddim_sample(diffusion, denoise, x_T, keys, clip_denoised=sample["clip_denoised"])
 
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(np.arange(count))
-    drawn = [
-        np.asarray(draw(model, given[i : i + DRAWN_AT_ONCE], keys[i : i + DRAWN_AT_ONCE]))
-        for i in range(0, count, DRAWN_AT_ONCE)
-    ]
+    drawn = []
+    with tqdm(desc="drawing", total=count, unit="image") as bar:
+        for i in range(0, count, DRAWN_AT_ONCE):
+            some = slice(i, i + DRAWN_AT_ONCE)
+            drawn.append(np.asarray(draw(model, given[some], keys[some])))
+            bar.update(len(drawn[-1]))
     x0 = np.concatenate(drawn)
     return Images(x0, given, _segments(x0, config) if config.in_channels in (1, 3) else None)
 
