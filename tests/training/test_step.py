@@ -93,7 +93,7 @@ def test_eight_steps_give_the_losses_and_weights_of_pytorch():
             assert error.max() < 1e-5, f"{name}/{key}"
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
 def test_every_mesh_gives_the_losses_of_one_device(shape, on_one_device):
     losses, _ = run(tiny_config(mesh=dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), devices=8)
     np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
