@@ -1,6 +1,7 @@
 """The autoencoder between pixels and latents (Rombach et al. 2022, arXiv 2112.10752, sec. 3.1), as diffusers has it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -119,9 +120,10 @@ class AutoencoderKL(nnx.Module):
         return autoencoder_layout.to_state_dict(self)
 
 
+@functools.cache
 def abstract_autoencoder(config: AutoencoderConfig) -> tuple[nnx.GraphDef, dict]:
     """An autoencoder without its arrays, and the nested dict of their shapes: `nnx.merge` of the first with such a
-    dict of arrays is the autoencoder. Nothing is computed."""
+    dict of arrays is the autoencoder. Nothing is computed. Both are shared by all who ask."""
     graph, params = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graph, nnx.to_pure_dict(params)
 

@@ -1,5 +1,6 @@
 """Diffusion Transformers (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748)."""
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -200,9 +201,10 @@ class DiT(nnx.Module):
         return torch_layout.to_state_dict(self)
 
 
+@functools.cache
 def abstract_dit(config: DiTConfig) -> tuple[nnx.GraphDef, dict]:
     """A DiT without its arrays, and the nested dict of their shapes: `nnx.merge` of the first with such a dict of
-    arrays is the model. Nothing is computed."""
+    arrays is the model. Nothing is computed. Both are shared by all who ask."""
     graph, params = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), nnx.Param)
     return graph, nnx.to_pure_dict(params)
 
