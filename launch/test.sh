@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare test
 echo "== running the tests"
-exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"
