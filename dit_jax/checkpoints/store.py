@@ -1,9 +1,10 @@
-"""The checkpoints of a training run: Orbax, asynchronous, restored onto any mesh."""
+"""The checkpoints of a training run: Orbax, in the background, restored onto any mesh."""
 
 import math
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class CheckpointStore:
     Trees are stored apart, so that sampling reads the averaged weights and nothing else. Every device writes its own
     shards, and restoring follows the shardings asked for. A checkpoint appears whole or not at all. With several
     processes, all of them call these functions.
+
+    Saving is Orbax's from its first barrier to its last rename, in a thread, so that training waits for none of it.
     """
 
     def __init__(self, folder: str | Path, *, keep: int | None = None, keep_every: int = 0, write: bool = True):
@@ -39,11 +42,18 @@ class CheckpointStore:
         write: whether this process is the one that saves here; it then clears away what a killed save left behind.
         """
         self.folder = Path(folder).absolute()
+        if write:
+            self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
-            create=write,
+            create=False,
             cleanup_tmp_directories=write,
+            enable_async_checkpointing=False,
+            # Orbax waits for named processes by the network alone, otherwise on the devices, between training's steps.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+            ),
         )
         registry = ocp.DefaultCheckpointHandlerRegistry()
         # Processes that hold copies of an array share its writing, each a slice: of small ones that costs more, a
@@ -55,19 +65,25 @@ class CheckpointStore:
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
         )
         registry.add(None, ocp.args.PyTreeSave, handler)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+        self._manager = _Manager(self.folder, options=options, handler_registry=registry)
+        self._thread, self._saving = ThreadPoolExecutor(1), Future()
+        self._saving.set_result(None)
 
-    def save(self, step: int, trees: dict[str, Tree], record: dict) -> None:
-        """Start to write the checkpoint of `step`; returns as soon as the arrays may change again.
+    def save(
+        self, step: int, trees: dict[str, Tree], record: dict, copy: Callable[[Tree], Tree] = lambda tree: tree
+    ) -> None:
+        """Start to write the checkpoint of `step`. Waits for the one before, and for nothing else.
 
-        That is when the devices have read them once for the checksums and copied them to the host.
+        copy: makes what is written of what is given, where the arrays change before `wait` returns.
         """
-        sums = {name: int(checksum(tree)) for name, tree in trees.items()}
-        if jax.default_backend() == "cpu":  # there the host's copy is the array: the next step would wait to change it
-            trees = _copies(trees)
+        self.wait()
+        sums = {name: checksum(tree) for name, tree in trees.items()}
+        self._saving = self._thread.submit(self._save, step, copy(trees), sums, record)
+
+    def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array], record: dict) -> None:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        record = ocp.args.JsonSave({"checksums": sums} | record)
-        self._manager.save(step, args=ocp.args.Composite(record=record, **items))
+        record = ocp.args.JsonSave({"checksums": {name: int(value) for name, value in sums.items()}} | record)
+        self._manager.save(step, args=ocp.args.Composite(record=record, **items), force=True)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
@@ -128,11 +144,23 @@ class CheckpointStore:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Block until the last save is on disk."""
-        self._manager.wait_until_finished()
+        """Block until the last save is on disk. Raises what has kept it from getting there."""
+        self._saving.result()
 
     def close(self) -> None:
-        self._manager.close()
+        """Block as `wait` does, and let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for asking JAX whether to stop: training does, and by now it is steps ahead."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def read_newest(workdir: Path, abstract: Callable[[dict], dict[str, Tree]]) -> Restored:
@@ -155,11 +183,6 @@ def _unheard_abandoned_reads(raised) -> None:
     each would print a traceback over the one line that says what is wrong."""
     if str(raised.exc_value) != "Event loop is closed":
         _hooks[-1](raised)
-
-
-@jax.jit
-def _copies(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from dit_jax.compilation.hlo import Program
 from dit_jax.compilation.programs import lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
-from dit_jax.parallel.chips import Chip
+from dit_jax.parallel.chips import Chip, live_bytes
 from dit_jax.sampling.generate import network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 
@@ -45,7 +45,7 @@ def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dic
             raise
         return report | {"fits": False, "reason": _needed(str(error))}
     report |= {"lower_seconds": lowering, "compile_seconds": time.perf_counter() - started}
-    program, memory = Program(compiled.as_text()), _memory(compiled.memory_analysis())
+    program, memory = Program(compiled.as_text()), _memory(compiled)
     analytic = _analytic_flops(what, config) / mesh.size
     report |= {
         "fits": chip is None or memory["live"] <= chip.memory,
@@ -152,14 +152,15 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(fitting, key=lambda row: row["batch_size"] / row["estimate"]["seconds"], default=None)
 
 
-def _memory(stats: Any) -> dict[str, int]:
-    sizes = {
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    stats = compiled.memory_analysis()
+    return {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "temporary": stats.temp_size_in_bytes,
+        "live": live_bytes(compiled),
     }
-    return sizes | {"live": sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"]}
 
 
 def _needed(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from dit_jax.training.fine_tune import first_state
 from dit_jax.training.flops import train_flops
 from dit_jax.training.inputs import Inputs, open_inputs
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
+from dit_jax.training.snapshot import snapshot
 from dit_jax.training.step import make_train_step
 
 
@@ -62,7 +64,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
-                    state, metrics = train_step(state, next(batches), frozen)
+                    batch = next(batches)
+                    state, metrics = train_step(state, batch, frozen)
                     step += 1
                     log.dispatched(step, metrics)
                     ending = stopping(step) or step == config.steps
@@ -75,7 +78,14 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     if ending or due(step, config.checkpoint.every):
                         with log.pause():
                             resume.save(
-                                store, step, state, config, class_names, log.interval, autoencoder=inputs.autoencoder
+                                store,
+                                step,
+                                state,
+                                config,
+                                class_names,
+                                log.interval,
+                                partial(snapshot, train_step, (state, batch, frozen)),
+                                autoencoder=inputs.autoencoder,
                             )
                     if ending:
                         break

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -87,7 +86,7 @@ def import_run(path: Path, workdir: str | Path, **known: int) -> int:
     opt_state = optax.tree.set(zeros, mu=mu, nu=nu, count=np.int32(step))
     with replacing_folder(workdir) as folder:
         store = CheckpointStore(folder / "checkpoints")
-        state = TrainState(jnp.int32(step), params, ema, opt_state)
+        state = jax.device_put(TrainState(np.int32(step), params, ema, opt_state))
         more = {"autoencoder": record.autoencoder, "source": path.name, "sha256": digest(path)}
         resume.save(store, step, state, config, record.class_names, interval=None, **more)
         store.close()
