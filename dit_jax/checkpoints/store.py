@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ class CheckpointStore:
         """
         self.wait()
         sums = {name: checksum(tree) for name, tree in trees.items()}
-        self._saving = self._thread.submit(self._save, step, copy(trees), sums, record)
+        self._saving = self._thread.submit(self._save, step, copy(trees), sums, deepcopy(record))
 
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array], record: dict) -> None:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}

@@ -34,13 +34,16 @@ def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, monkey
     before = jax.tree.map(np.asarray, tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
     store = CheckpointStore(tmp_path)
-    store.save(1, {"model": tree}, {}, lambda trees: snapshot(step, (tree,), trees))
+    record = {"interval": {"count": 3}}
+    store.save(1, {"model": tree}, record, lambda trees: snapshot(step, (tree,), trees))
+    record["interval"]["count"] = 4
     for _ in range(5):
         tree = step(tree)
     store.wait()
     restored = store.restore_newest(lambda record: {"model": shapes})
     store.close()
     assert all(map(np.array_equal, *map(jax.tree.leaves, (restored.trees["model"], before))))
+    assert restored.record["interval"] == {"count": 3}
 
 
 @pytest.mark.parametrize("room", [True, False])
