@@ -1,6 +1,8 @@
 """The checkpoints of a training run: Orbax, in the background, restored onto any mesh."""
 
+import logging
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -84,7 +86,13 @@ class CheckpointStore:
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array], record: dict) -> None:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         record = ocp.args.JsonSave({"checksums": {name: int(value) for name, value in sums.items()}} | record)
-        self._manager.save(step, args=ocp.args.Composite(record=record, **items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(record=record, **items), force=True)
+        except Exception as error:
+            raise InputError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}; the same "
+                "command goes on from the one before"
+            ) from error
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
@@ -106,7 +114,7 @@ class CheckpointStore:
             except InputError:
                 raise
             except Exception as error:  # Orbax and TensorStore share no base class for damage
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                reason = _reason(error)
             reasons = list(filter(None, processes.gather(reason)))  # what one cannot read, none of them takes
             if not reasons:
                 sums = restored.record["checksums"]
@@ -145,7 +153,7 @@ class CheckpointStore:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Block until the last save is on disk. Raises what has kept it from getting there."""
+        """Block until the last save is on disk. Raises InputError if it could not be written."""
         self._saving.result()
 
     def close(self) -> None:
@@ -175,6 +183,18 @@ def read_newest(workdir: Path, abstract: Callable[[dict], dict[str, Tree]]) -> R
         raise InputError(f"{workdir} has no checkpoint yet: let the run reach its first one")
     return restored
 
+
+def _reason(error: Exception) -> str:
+    """The operating system's own words, if there are any, or the first line of the error."""
+    if found := re.search(r": ([^:]+) \[os_error_code=", str(error)):
+        return found[1]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+# When a write fails, Orbax and asyncio log it for every array, each with a traceback. `wait` raises it, once.
+for _logger, _words in {"absl": "_SignalingThread.run() raised", "asyncio": "exception was never retrieved"}.items():
+    logging.getLogger(_logger).addFilter(lambda record, words=_words: words not in record.getMessage())
 
 _hooks = []
 

@@ -1,11 +1,15 @@
 """What the store computes of a state that is spread over devices."""
 
+import resource
+
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_jax.checkpoints.store import checksum
+from dit_jax.checkpoints.store import CheckpointStore, checksum
+from dit_jax.errors import InputError
 from dit_jax.parallel.mesh import make_mesh
 
 
@@ -43,3 +47,26 @@ def test_the_checksum_is_what_older_checkpoints_hold():
         bits = np.atleast_1d(leaf).view(np.uint32).ravel().astype(object)
         total = (total * 31 + sum(bits * (2 * np.arange(len(bits)).astype(object) + 1)) + i) % 2**32
     assert int(checksum(numbers())) == total
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line_and_leaves_none(tmp_path, capfd):
+    tree = {"a": jax.numpy.arange(2.0**18)}
+    store = CheckpointStore(tmp_path)
+    checksum(tree)  # compiled here, where it may be cached
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        store.save(7, {"model": tree}, {})
+        with pytest.raises(InputError, match=r"step 7 could not be written to .*: File too large; the same command"):
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(InputError, match="step 7"):
+        store.close()
+    again = CheckpointStore(tmp_path)
+    assert again.steps() == []
+    again.save(7, {"model": tree}, {})
+    again.wait()
+    assert again.steps() == [7]
+    again.close()
