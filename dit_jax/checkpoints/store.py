@@ -36,7 +36,7 @@ class CheckpointStore:
     shards, and restoring follows the shardings asked for. A checkpoint appears whole or not at all. With several
     processes, all of them call these functions.
 
-    Saving is Orbax's from its first barrier to its last rename, in a thread, so that training waits for none of it.
+    Saving is Orbax's from its first barrier to its last rename, in a thread, so that training need not wait for it.
     """
 
     def __init__(self, folder: str | Path, *, keep: int | None = None, keep_every: int = 0, write: bool = True):
@@ -72,16 +72,18 @@ class CheckpointStore:
         self._thread, self._saving = ThreadPoolExecutor(1), Future()
         self._saving.set_result(None)
 
-    def save(
-        self, step: int, trees: dict[str, Tree], record: dict, copy: Callable[[Tree], Tree] = lambda tree: tree
-    ) -> None:
-        """Start to write the checkpoint of `step`. Waits for the one before, and for nothing else.
+    def save(self, step: int, trees: dict[str, Tree], record: dict, *, copy: bool = False) -> None:
+        """Write the checkpoint of `step`.
 
-        copy: makes what is written of what is given, where the arrays change before `wait` returns.
+        copy: return as soon as the devices have been told to copy the arrays, which may then change, and write the
+        copies; it waits for the checkpoint before, and for nothing else. Otherwise return when it is on disk.
         """
         self.wait()
         sums = {name: checksum(tree) for name, tree in trees.items()}
-        self._saving = self._thread.submit(self._save, step, copy(trees), sums, deepcopy(record))
+        trees = _copies(trees) if copy else trees
+        self._saving = self._thread.submit(self._save, step, trees, sums, deepcopy(record))
+        if not copy:
+            self.wait()
 
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array], record: dict) -> None:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -204,6 +206,11 @@ def _unheard_abandoned_reads(raised) -> None:
     each would print a traceback over the one line that says what is wrong."""
     if str(raised.exc_value) != "Event loop is closed":
         _hooks[-1](raised)
+
+
+@jax.jit
+def _copies(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit

@@ -14,7 +14,8 @@ from dit_jax.compilation.hlo import Program
 from dit_jax.compilation.programs import lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
-from dit_jax.parallel.chips import Chip, live_bytes
+from dit_jax.parallel.chips import Chip
+from dit_jax.parallel.memory import live_bytes
 from dit_jax.sampling.generate import network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 

@@ -57,13 +57,6 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((chip.flops for chip in CHIPS.values() if chip.kind in device.device_kind), None)
 
 
-def live_bytes(program: jax.stages.Compiled) -> int:
-    """Memory that a compiled program takes of each device while it runs, its arguments and outputs included."""
-    sizes = program.memory_analysis()
-    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes
-
-
 def prepare(topology: str) -> tuple[str, str]:
     """(chip, platform) of a topology's name. Sets what the compilers read from the environment, so it comes before
     anything touches a device. Raises InputError for a name that means nothing."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +18,7 @@ from dit_jax.errors import InputError
 from dit_jax.files import make_folder, replacing
 from dit_jax.parallel import processes
 from dit_jax.parallel.chips import peak_flops
+from dit_jax.parallel.memory import has_room
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding
 from dit_jax.sampling.generate import image_keys, make_generate
@@ -29,7 +29,6 @@ from dit_jax.training.fine_tune import first_state
 from dit_jax.training.flops import train_flops
 from dit_jax.training.inputs import Inputs, open_inputs
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
-from dit_jax.training.snapshot import snapshot
 from dit_jax.training.step import make_train_step
 
 
@@ -84,7 +83,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                                 config,
                                 class_names,
                                 log.interval,
-                                partial(snapshot, train_step, (state, batch, frozen)),
+                                copy=has_room(state, train_step, state, batch, frozen),
                                 autoencoder=inputs.autoencoder,
                             )
                     if ending:

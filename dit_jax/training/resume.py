@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ def save(
     config: ConfigDict,
     class_names: Sequence[str],
     interval: dict | None,
-    copy: Callable[[Any], Any] = lambda tree: tree,
+    copy: bool = False,
     **more: Any,
 ) -> None:
-    """Start to write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line.
+    """Write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line.
 
     copy: see `CheckpointStore.save`. `more` goes into the record: the autoencoder; where a state that was not trained
     here comes from.
@@ -45,7 +45,7 @@ def save(
         "dit_jax": __version__,
         **more,
     }
-    store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record, copy)
+    store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record, copy=copy)
 
 
 def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int, TrainState, dict] | None:

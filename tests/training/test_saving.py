@@ -1,4 +1,4 @@
-"""What is written of a state must stay as it was, wherever the copy lies."""
+"""What is written of a state must stay as it was, and find room on the devices."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.parallel import memory
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.training import snapshot as module
-from dit_jax.training.snapshot import has_room, snapshot
 
 
 def state() -> dict:
@@ -27,15 +26,14 @@ def step():
     return jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.sin(leaf) + 1, tree), donate_argnums=0)
 
 
-@pytest.mark.parametrize("room", [True, False])
-def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, monkeypatch, step, room):
-    monkeypatch.setattr(module, "has_room", lambda *_: room)
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, copy):
     tree = state()
     before = jax.tree.map(np.asarray, tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
     store = CheckpointStore(tmp_path)
     record = {"interval": {"count": 3}}
-    store.save(1, {"model": tree}, record, lambda trees: snapshot(step, (tree,), trees))
+    store.save(1, {"model": tree}, record, copy=copy)
     record["interval"]["count"] = 4
     for _ in range(5):
         tree = step(tree)
@@ -44,15 +42,6 @@ def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, monkey
     store.close()
     assert all(map(np.array_equal, *map(jax.tree.leaves, (restored.trees["model"], before))))
     assert restored.record["interval"] == {"count": 3}
-
-
-@pytest.mark.parametrize("room", [True, False])
-def test_a_copy_is_spread_as_the_state_is(monkeypatch, step, room):
-    monkeypatch.setattr(module, "has_room", lambda *_: room)
-    tree = state()
-    for copy, leaf in zip(*map(jax.tree.leaves, (snapshot(step, (tree,), tree), tree)), strict=True):
-        assert copy.sharding.is_equivalent_to(leaf.sharding.with_memory_kind(copy.sharding.memory_kind), leaf.ndim)
-        assert (copy.sharding.memory_kind == "pinned_host") is not room
 
 
 class Device:
@@ -66,7 +55,7 @@ class Device:
 def test_room_is_what_the_step_leaves_of_a_device(monkeypatch, step):
     tree = state()
     part = 64 * 48 * 4 // 4 + 48 * 4  # a quarter of what is split, and all of what is not
-    monkeypatch.setattr(module, "live_bytes", lambda program: 5 * part)
+    monkeypatch.setattr(memory, "live_bytes", lambda program: 5 * part)
     for limit, room in ((6 * part / 0.9 + 1, True), (6 * part / 0.9 - 1, False)):
         monkeypatch.setattr(jax, "local_devices", lambda limit=limit: [Device(limit)])
-        assert has_room(step, (tree,), tree) is room
+        assert memory.has_room(tree, step, tree) is room
