@@ -57,7 +57,7 @@ def require_same_network(theirs: DiTConfig, ours: DiTConfig, origin: str) -> Non
         for name in fields
         if getattr(theirs, name) != getattr(ours, name)
     ]
-    if theirs.mlp_width != ours.mlp_width:
+    if int(theirs.mlp_ratio * ours.hidden_size) != ours.mlp_width:
         differing.append(f"mlp_ratio={theirs.mlp_ratio} there, {ours.mlp_ratio} here")
     if differing:
         raise InputError(f"{origin} is of another network ({'; '.join(differing)}): set config.model as it is there")

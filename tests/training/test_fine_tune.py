@@ -141,6 +141,7 @@ def test_a_model_that_has_a_context_keeps_it(tmp_path):
     ("field", "value", "told"),
     [
         ("patch_size", 4, "patch_size=2 there, 4 here"),
+        ("hidden_size", 64, r"\(hidden_size=32 there, 64 here\)"),
         ("depth", 3, "depth=2 there, 3 here"),
         ("num_heads", 2, "num_heads=4 there, 2 here"),
         ("mlp_ratio", 2.0, "mlp_ratio=4.0 there, 2.0 here"),
