@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from dit_jax.errors import InputError
 from dit_jax.parallel import processes
+from dit_jax.parallel.sharding import shares
 
 Tree = Any
 
@@ -75,12 +76,13 @@ class CheckpointStore:
     def save(self, step: int, trees: dict[str, Tree], record: dict, *, copy: bool = False) -> None:
         """Write the checkpoint of `step`.
 
-        copy: return as soon as the devices have been told to copy the arrays, which may then change, and write the
-        copies; it waits for the checkpoint before, and for nothing else. Otherwise return when it is on disk.
+        copy: return as soon as the devices have been told to copy the arrays, which lie on a mesh and may then change,
+        and write the copies; it waits for the checkpoint before, and for nothing else. Otherwise return when it is on
+        disk.
         """
         self.wait()
-        sums = {name: checksum(tree) for name, tree in trees.items()}
         trees = _copies(trees) if copy else trees
+        sums = {name: checksum(tree) for name, tree in trees.items()}
         self._saving = self._thread.submit(self._save, step, trees, sums, deepcopy(record))
         if not copy:
             self.wait()
@@ -208,8 +210,12 @@ def _unheard_abandoned_reads(raised) -> None:
         _hooks[-1](raised)
 
 
-@jax.jit
 def _copies(tree: Tree) -> Tree:
+    """Copies that the devices share among them: what several of them hold is copied once."""
+    return jax.jit(_copy, out_shardings=shares(tree))(tree)
+
+
+def _copy(tree: Tree) -> Tree:
     return jax.tree.map(jnp.copy, tree)
 
 

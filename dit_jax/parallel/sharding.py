@@ -1,5 +1,7 @@
 """Who holds what: the one place that knows how arrays lie on the mesh."""
 
+import math
+from itertools import chain
 from typing import Any
 
 import jax
@@ -97,6 +99,23 @@ def parameter_spec(path: str, leaf: Any, mesh: Mesh) -> P:
     if free:
         axes[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
     return P(*axes)
+
+
+def shares(tree: Any) -> Any:
+    """Shardings of arrays that lie on a mesh under which no two devices hold the same part: where some do, that part is
+    split between them along its largest axis that they divide. An array with no such axis keeps its sharding."""
+
+    def rule(leaf: jax.Array) -> NamedSharding:
+        mesh, spec = leaf.sharding.mesh, [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]
+        split = [(axis,) if isinstance(axis, str) else tuple(axis or ()) for axis in spec]
+        others = tuple(name for name in mesh.axis_names if name not in chain(*split))
+        part, holders = leaf.sharding.shard_shape(leaf.shape), math.prod(mesh.shape[name] for name in others)
+        if free := [i for i in range(leaf.ndim) if part[i] % holders == 0]:
+            i = max(free, key=lambda i: part[i])
+            spec[i] = (*split[i], *others)
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(rule, tree)
 
 
 def _tensor_axes(path: str, leaf: Any, mesh: Mesh) -> list[str | None]:

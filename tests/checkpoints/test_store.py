@@ -50,7 +50,7 @@ def test_the_checksum_is_what_older_checkpoints_hold():
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line_and_leaves_nothing(tmp_path, capfd):
-    tree = {"a": jax.numpy.arange(2.0**18)}
+    tree = {"a": jax.device_put(jax.numpy.arange(2.0**18), NamedSharding(make_mesh({"data": 8}), P()))}
     store = CheckpointStore(tmp_path)
     store.save(6, {"model": tree}, {}, copy=True)  # its programs are compiled here, where they may be cached
     store.wait()

@@ -1,14 +1,16 @@
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import DiTConfig
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.parallel.sharding import batch_sharding, parameter_spec, shard_batch, state_sharding
+from dit_jax.parallel.sharding import batch_sharding, parameter_spec, shard_batch, shares, state_sharding
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,25 @@ def test_xl_2_is_spread_evenly():
         total += math.prod(leaf.shape)
         held += math.prod(sharding.shard_shape(leaf.shape))
     assert held < 1.01 * total / 8
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)])
+def test_shares_are_parts_that_no_two_devices_hold_and_that_are_cut_where_they_lie(sizes):
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    shapes = {"blocks/attn/qkv/kernel": (3, 32, 96), "blocks/attn/qkv/bias": (3, 96), "final/kernel": (32, 5)}
+    tree = {name: jnp.arange(1.0 * math.prod(shape)).reshape(shape) for name, shape in shapes.items()}
+    tree = jax.device_put(tree, state_sharding(mesh, tree))
+    program = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shares(tree))
+    assert not re.search("all-gather|all-to-all|collective-permute|all-reduce", program.lower(tree).compile().as_text())
+    for name, leaf in program(tree).items():
+        held = [shard.data for shard in leaf.addressable_shards]
+        assert {part.size for part in held} == {tree[name].size // 8}
+        assert sorted(float(x) for part in held for x in part.ravel()) == list(range(tree[name].size))
+
+
+def test_what_cannot_be_shared_out_stays_whole():
+    tree = jax.device_put({"count": jnp.int32(3), "bias": jnp.zeros(7)}, NamedSharding(make_mesh({"data": 8}), P()))
+    assert all(sharding.is_fully_replicated for sharding in shares(tree).values())
 
 
 def test_a_batch_is_split_over_data_and_fsdp():
