@@ -13,7 +13,7 @@ from dit_jax.config import AttentionKind, DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.models.attention import CrossAttention, SelfAttention
 from dit_jax.models.embedders import ContextEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
-from dit_jax.models.kernels import KERNELS
+from dit_jax.models.kernels import KERNELS, kernel_outputs_saveable
 from dit_jax.models.layers import (
     LearnedNorm,
     Linear,
@@ -30,7 +30,9 @@ from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, kernel_outputs_saveable
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
@@ -17,6 +18,7 @@ from dit_jax.errors import InputError
 from dit_jax.parallel.sharding import TOKENS
 
 ROWS = 256  # queries at once
+OUTPUT = "attention"  # what policies of jax.checkpoint call the result
 HIDDEN = -1e30  # added to the score of a key that its query does not see
 VECTOR_MEMORY = 100 * 2**20  # bytes that the kernel may take, of the 128 MiB of v5e and v6e
 
@@ -31,7 +33,7 @@ def flash_attention(
     kernel only. On a mesh each device takes its own images and heads. interpret: run on any platform, slowly.
     """
     hidden = None if mask is None else jnp.where(mask, 0.0, HIDDEN)
-    return _flash_attention(qkv, hidden, head_dim, interpret)
+    return checkpoint_name(_flash_attention(qkv, hidden, head_dim, interpret), OUTPUT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

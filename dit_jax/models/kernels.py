@@ -1,9 +1,12 @@
 """What computes attention of all to all: XLA, cuDNN, or our TPU kernel, of one signature."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 
-from dit_jax.models.flash import flash_attention
+from dit_jax.models.flash import OUTPUT, flash_attention
 
 
 def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
@@ -22,6 +25,16 @@ def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
 
 
 KERNELS = {"xla": xla_attention, "cudnn": cudnn_attention, "flash": flash_attention}
+
+
+def kernel_outputs_saveable(primitive: Primitive, *operands: Any, **parameters: Any) -> bool:
+    """A policy of jax.checkpoint: what cuDNN and our kernel return is kept, so that neither runs again backward.
+
+    XLA's attention does: what its backward pass needs grows with the square of the length.
+    """
+    if primitive.name == "dot_product_attention_fwd_wrapper":  # cuDNN's, with the statistics of its softmax
+        return True
+    return jax.checkpoint_policies.save_only_these_names(OUTPUT)(primitive, *operands, **parameters)
 
 
 @jax.custom_vjp

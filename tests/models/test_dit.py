@@ -14,6 +14,7 @@ from dit_jax import DiT, DiTConfig, guided
 from dit_jax.config import PRESETS
 from dit_jax.errors import InputError
 from dit_jax.models.dit import abstract_dit
+from dit_jax.models.kernels import kernel_outputs_saveable
 
 PARAMETERS = {  # FACTS: parameters with positions, at 256 pixels
     "DiT-S/2": 32_963_360,
@@ -129,6 +130,20 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(inputs):
 
     none, dots, full = saved_bytes("none"), saved_bytes("dots"), saved_bytes("full")
     assert full < 0.75 * dots < 0.75 * none
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("none", 2), ("dots", 2), ("full", 3)])
+def test_the_attention_kernel_runs_again_backward_only_if_everything_does(remat, runs, inputs):
+    x, t, y, _ = inputs
+    model = DiT(dataclasses.replace(TINY, attention_kernel="flash", remat=remat), rngs=nnx.Rngs(0))
+    program = str(jax.make_jaxpr(jax.grad(lambda model: model(x, t, y).sum()))(model))
+    assert program.count("pallas_call[") == runs
+
+
+def test_jax_calls_cudnn_by_the_name_that_the_policy_knows():
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    assert kernel_outputs_saveable(cudnn._dot_product_attention_fwd_p_wrapper)
 
 
 def test_depth_is_one_scan(inputs):
