@@ -73,18 +73,19 @@ class CheckpointStore:
         self._thread, self._saving = ThreadPoolExecutor(1), Future()
         self._saving.set_result(None)
 
-    def save(self, step: int, trees: dict[str, Tree], record: dict, *, copy: bool = False) -> None:
-        """Write the checkpoint of `step`.
+    def save(self, step: int, trees: dict[str, Tree], record: dict, *, copy_to: str | None = None) -> None:
+        """Write the checkpoint of `step`; return when it is on disk.
 
-        copy: return as soon as the devices have been told to copy the arrays, which lie on a mesh and may then change,
-        and write the copies; it waits for the checkpoint before, and for nothing else. Otherwise return when it is on
-        disk.
+        copy_to: "device" or "pinned_host" (JAX's names of memory). Then return as soon as the devices have been told to
+        copy the arrays, which lie on a mesh and may then change, into that memory, and write the copies; it waits for
+        the checkpoint before, and for nothing else.
         """
         self.wait()
-        trees = _copies(trees) if copy else trees
-        sums = {name: checksum(tree) for name, tree in trees.items()}
-        self._saving = self._thread.submit(self._save, step, trees, sums, deepcopy(record))
-        if not copy:
+        written = trees if copy_to is None else copied(trees, copy_to)
+        on_devices = trees if copy_to == "pinned_host" else written  # what they can take the sums of
+        sums = {name: checksum(tree) for name, tree in on_devices.items()}
+        self._saving = self._thread.submit(self._save, step, written, sums, deepcopy(record))
+        if copy_to is None:
             self.wait()
 
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array], record: dict) -> None:
@@ -210,9 +211,10 @@ def _unheard_abandoned_reads(raised) -> None:
         _hooks[-1](raised)
 
 
-def _copies(tree: Tree) -> Tree:
-    """Copies that the devices share among them: what several of them hold is copied once."""
-    return jax.jit(_copy, out_shardings=shares(tree))(tree)
+def copied(tree: Tree, memory: str) -> Tree:
+    """The same arrays in that memory, shared out among the devices: what several of them hold is copied once."""
+    targets = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory), shares(tree))
+    return jax.jit(_copy, out_shardings=targets)(tree)
 
 
 def _copy(tree: Tree) -> Tree:

@@ -76,6 +76,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                             log.add(step, evaluation(state.ema))
                     if ending or due(step, config.checkpoint.every):
                         with log.pause():
+                            room = has_room(state, train_step, state, batch, frozen)
                             resume.save(
                                 store,
                                 step,
@@ -83,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                                 config,
                                 class_names,
                                 log.interval,
-                                copy=has_room(state, train_step, state, batch, frozen),
+                                copy_to="device" if room else "pinned_host",
                                 autoencoder=inputs.autoencoder,
                             )
                     if ending:

@@ -30,13 +30,13 @@ def save(
     config: ConfigDict,
     class_names: Sequence[str],
     interval: dict | None,
-    copy: bool = False,
+    copy_to: str | None = None,
     **more: Any,
 ) -> None:
     """Write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line.
 
-    copy: see `CheckpointStore.save`. `more` goes into the record: the autoencoder; where a state that was not trained
-    here comes from.
+    copy_to: see `CheckpointStore.save`. `more` goes into the record: the autoencoder; where a state that was not
+    trained here comes from.
     """
     record = {
         "config": json.loads(config.to_json_best_effort()),
@@ -45,7 +45,7 @@ def save(
         "dit_jax": __version__,
         **more,
     }
-    store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record, copy=copy)
+    store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record, copy_to=copy_to)
 
 
 def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int, TrainState, dict] | None:

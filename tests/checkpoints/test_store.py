@@ -52,12 +52,12 @@ def test_the_checksum_is_what_older_checkpoints_hold():
 def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line_and_leaves_nothing(tmp_path, capfd):
     tree = {"a": jax.device_put(jax.numpy.arange(2.0**18), NamedSharding(make_mesh({"data": 8}), P()))}
     store = CheckpointStore(tmp_path)
-    store.save(6, {"model": tree}, {}, copy=True)  # its programs are compiled here, where they may be cached
+    store.save(6, {"model": tree}, {}, copy_to="device")  # its programs are compiled here, where they may be cached
     store.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
-        store.save(7, {"model": tree}, {}, copy=True)
+        store.save(7, {"model": tree}, {}, copy_to="device")
         with pytest.raises(InputError, match=r"step 7 could not be written to .*: File too large; the same command"):
             store.wait()
     finally:

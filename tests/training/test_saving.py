@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.checkpoints.store import CheckpointStore, copied
 from dit_jax.parallel import memory
 from dit_jax.parallel.mesh import make_mesh
 
@@ -26,14 +26,14 @@ def step():
     return jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.sin(leaf) + 1, tree), donate_argnums=0)
 
 
-@pytest.mark.parametrize("copy", [True, False])
-def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, copy):
+@pytest.mark.parametrize("copy_to", ["device", "pinned_host", None])
+def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, copy_to):
     tree = state()
     before = jax.tree.map(np.asarray, tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
     store = CheckpointStore(tmp_path)
     record = {"interval": {"count": 3}}
-    store.save(1, {"model": tree}, record, copy=copy)
+    store.save(1, {"model": tree}, record, copy_to=copy_to)
     record["interval"]["count"] = 4
     for _ in range(5):
         tree = step(tree)
@@ -42,6 +42,13 @@ def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, 
     store.close()
     assert all(map(np.array_equal, *map(jax.tree.leaves, (restored.trees["model"], before))))
     assert restored.record["interval"] == {"count": 3}
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_a_copy_lies_where_it_is_asked_to_and_once(kind):
+    for leaf, copy in zip(*map(jax.tree.leaves, (state(), copied(state(), kind))), strict=True):
+        assert np.array_equal(leaf, copy) and copy.sharding.memory_kind == kind
+        assert sum(shard.data.size for shard in copy.addressable_shards) == leaf.size
 
 
 class Device:
