@@ -34,8 +34,8 @@ SMALL = [
 
 PATIENCE = 400  # seconds, for a busy machine
 
-# Two of its threads may write at the same time, and then the parts of their lines are mixed.
-SAID_BY_GLOO = r"\[Gloo\] Rank | is connected to | peer ranks\. Expected number of connected peer ranks is : |[\d\s]"
+# The parts in which it writes a line: those of two threads may be mixed.
+SAID_BY_GLOO = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |[\d\s]"
 
 
 class Pod:
