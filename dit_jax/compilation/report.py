@@ -83,9 +83,9 @@ def largest_batch(fits: Callable[[int], bool], start: int = 1) -> int:
 def minimum_sent(config: ConfigDict, mesh: Mesh) -> dict[str, float]:
     """Bytes that each device must send in a training step, in the dtypes that we compute in, by ring algorithms.
 
-    Blocks' weights are gathered over fsdp twice, forward and backward, and their gradients summed and scattered once;
-    modulations stay where they are. Over data every gradient is summed and given to all. Over tensor each block sums
-    its tokens twice forward and twice backward.
+    Blocks' weights are gathered over fsdp forward, and again backward if rematerialisation has not kept them, and their
+    gradients summed and scattered once; modulations stay where they are. Over data every gradient is summed and given
+    to all. Over tensor each block sums its tokens twice forward and twice backward.
     """
     model = DiTConfig(**config.model)
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
@@ -101,7 +101,7 @@ def minimum_sent(config: ConfigDict, mesh: Mesh) -> dict[str, float]:
     tokens = model.tokens * config.batch_size / (data * fsdp)
     activations = tokens * model.hidden_size * jnp.dtype(model.compute_dtype).itemsize
     return {
-        "all-gather": 2 * gathered * (fsdp - 1) / fsdp,
+        "all-gather": (1 if model.remat == "none" else 2) * gathered * (fsdp - 1) / fsdp,
         "reduce-scatter": gathered * (fsdp - 1) / fsdp,
         "all-reduce": 2 * (gathered + staying) / fsdp * (data - 1) / data
         + 4 * model.depth * 2 * activations * (tensor - 1) / tensor,

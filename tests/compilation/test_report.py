@@ -39,6 +39,17 @@ def test_recomputation_shows_as_more_products():
     assert 1.2 < rows[1] / rows[0] < 1.4
 
 
+def test_weights_that_are_kept_are_gathered_once():
+    gathers = {}
+    for remat in ("none", "full"):
+        config = small_config()
+        config.model.remat = remat
+        row = report.measure("train", config, make_mesh({"fsdp": 8}), None)
+        gathers[remat] = row["collectives"]["all-gather"]["bytes"], row["collectives_minimum"]["all-gather"]
+    assert gathers["full"][1] == 2 * gathers["none"][1]
+    assert gathers["full"][0] == pytest.approx(2 * gathers["none"][0], rel=0.25)
+
+
 def test_sampling_counts_every_step_and_both_halves_of_guidance():
     config = small_config()
     config.data.source = "digits"  # pixels: nothing to decode
