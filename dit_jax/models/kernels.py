@@ -30,7 +30,7 @@ KERNELS = {"xla": xla_attention, "cudnn": cudnn_attention, "flash": flash_attent
 def kernel_outputs_saveable(primitive: Primitive, *operands: Any, **parameters: Any) -> bool:
     """A policy of jax.checkpoint: what cuDNN and our kernel return is kept, so that neither runs again backward.
 
-    XLA's attention does: what its backward pass needs grows with the square of the length.
+    XLA's attention runs again: what its backward pass needs grows with the square of the length.
     """
     if primitive.name == "dot_product_attention_fwd_wrapper":  # cuDNN's, with the statistics of its softmax
         return True
