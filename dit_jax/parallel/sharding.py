@@ -57,9 +57,12 @@ def shard_features(x: jax.Array) -> jax.Array:
 
 
 def gather_parameters(tree: Any) -> Any:
-    """Parameters brought together over fsdp as they are used; their gradients are summed and scattered in one go."""
+    """Parameters brought together over fsdp as they are used; their gradients are summed and scattered in one go.
+
+    Those that are whole already stay the arrays that they are: a scan need not keep copies of them for its gradient.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.shape["fsdp"] == 1:
         return tree
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:

@@ -10,7 +10,14 @@ from jax.sharding import PartitionSpec as P
 from dit_jax import DiTConfig
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.parallel.sharding import batch_sharding, parameter_spec, shard_batch, shares, state_sharding
+from dit_jax.parallel.sharding import (
+    batch_sharding,
+    gather_parameters,
+    parameter_spec,
+    shard_batch,
+    shares,
+    state_sharding,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +78,17 @@ def test_a_batch_is_split_over_data_and_fsdp():
 def test_outside_a_mesh_nothing_is_constrained():
     x = jnp.ones((3, 2))
     assert shard_batch(x) is x
+
+
+@pytest.mark.parametrize(("sizes", "copies"), [({"data": 8}, 0), ({"data": 1, "fsdp": 8}, 1)])
+def test_a_scan_keeps_no_copies_of_weights_that_are_whole(sizes, copies):
+    kernels, x = {"mlp/fc1/kernel": jnp.ones((5, 32, 32))}, jnp.ones((8, 32))
+
+    def forward(kernels):
+        body = lambda x, kernel: (x @ gather_parameters(kernel)["mlp/fc1/kernel"], None)  # noqa: E731
+        return jax.lax.scan(body, x, kernels)[0].sum()
+
+    with jax.set_mesh(make_mesh(sizes)):
+        _, pullback = jax.vjp(forward, kernels)
+        kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == kernels["mlp/fc1/kernel"].shape]
+    assert sum(leaf is not kernels["mlp/fc1/kernel"] for leaf in kept) == copies
