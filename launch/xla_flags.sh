@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Source this before training on several chips: how XLA hides communication behind computation. Names were checked
-# against jaxlib 0.10.2 and libtpu 0.0.42: one that they do not know ends the program at its start.
+# Source this before training on several chips, where XLA then hides communication behind computation, or on a CPU.
+# Names were checked against jaxlib 0.10.2 and libtpu 0.0.42: one that they do not know ends the program at its start.
 # What is set already comes last and wins. Sources: openxla.org/xla/gpu_optimization_levels and
 # openxla.org/xla/flags_guidance, docs.nvidia.com/jax-toolbox, MaxText's benchmarks/xla_flags_library.py.
 
@@ -24,6 +24,13 @@ tpu=(
     --xla_tpu_data_parallel_opt_different_sized_ops=true
 )
 
-export XLA_FLAGS="${gpu[*]} ${XLA_FLAGS:-}"
+cpu=(
+    # AdamW and the moving average in one pass over the parameters, which are larger than the caches.
+    --xla_backend_extra_options=xla_cpu_use_multi_output_fusion
+    # Updates the parameters where they lie: without it each step copies all of them first.
+    --xla_cpu_copy_insertion_use_region_analysis=true
+)
+
+export XLA_FLAGS="${gpu[*]} ${cpu[*]} ${XLA_FLAGS:-}"
 export LIBTPU_INIT_ARGS="${tpu[*]} ${LIBTPU_INIT_ARGS:-}"
-unset gpu tpu
+unset gpu tpu cpu
