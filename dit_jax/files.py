@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import zipfile
@@ -19,6 +20,8 @@ from dit_jax.errors import InputError
 def make_folder(path: str | Path) -> Path:
     """Create a folder, with its parents, unless it is there. Raises InputError if it cannot be written to."""
     path = Path(path)
+    if any(re.fullmatch("[a-z][a-z0-9]*:", part) for part in path.parts):  # gs://bucket/run
+        raise InputError(f"{path} is an address, expected a path: mount the bucket, and give the path of the mount")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{_this_process()}"
@@ -27,6 +30,23 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write to the folder {path}: {error.strerror}; choose another") from error
     return path
+
+
+def require_renaming(folder: Path) -> None:
+    """Raises InputError if a folder with something in it cannot be renamed there, as on a bucket mounted plainly."""
+    probe = folder / f".renaming-{_this_process()}"
+    renamed = probe.with_suffix(".done")
+    try:
+        (probe / "inner").mkdir(parents=True)
+        probe.rename(renamed)
+    except OSError as error:
+        raise InputError(
+            f"folders in {folder} cannot be renamed ({error.strerror}), and so no checkpoint can be written: "
+            "choose another disk; a bucket needs a hierarchical namespace"
+        ) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 @contextmanager

@@ -16,13 +16,14 @@
 #   ZONE       (us-west4-a)                         TYPE     v5litepod-16, v5p-8, v6e-16, v4-8 ... (v5litepod-16)
 #   RUNTIME    software of the workers (by TYPE)    SLICES   pods that train as one (1)
 #   SPOT       1: cheap, may be preempted (0)       CHECKOUT folder to install from (this one)
-#   RETRIES    times that run --forever starts a run again that failed on a healthy pod (3)
+#   RETRIES    times that run --forever tries again after a request or, on a healthy pod, a run that failed (3)
 #   --spot is --SPOT=1; --dry-run prints the commands and runs none.
 #
 # A pod's disks go with it. COMMAND's --workdir is a path, so put it on a disk that all workers share and that
-# outlives them: Filestore (NFS), or a bucket mounted with gcsfuse, at the same place on every worker.
-# SETUP is a command that each worker runs after installing, to mount it:
-#   SETUP='sudo mkdir -p /mnt/runs && sudo mount -o rw 10.0.0.2:/runs /mnt/runs'
+# outlives them: Filestore (NFS), or a bucket that has a hierarchical namespace, mounted with gcsfuse, at the same place
+# on every worker. SETUP is a command that each worker runs before each start, to mount it unless it is:
+#   SETUP='mountpoint -q /mnt/runs || {
+#     sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/runs && sudo mount 10.0.0.2:/runs /mnt/runs; }'
 #
 # Example:
 #   launch/tpu_pod.sh --type=v5litepod-16 --spot create
@@ -60,7 +61,8 @@ main() {
     done
     [ "${1:-}" != -- ] || shift
     local location=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
-    local describe=(gcloud compute tpus queued-resources describe "$NAME" "${location[@]}" "--format=value(state.state)")
+    local describe=(gcloud compute tpus queued-resources describe "$NAME" "${location[@]}")
+    local ask_state=("${describe[@]}" "--format=value(state.state)")
     case $action in
     create | status | stop | delete)
         [ $# -eq 0 ] || fail "$action takes no argument, got: $*"
@@ -106,7 +108,7 @@ runtime() {
 await() {
     local state
     if [ -n "$DRY_RUN" ]; then
-        do_it "${describe[@]}"
+        do_it "${ask_state[@]}"
         return
     fi
     while state=$(state) && [ "$state" != ACTIVE ]; do
@@ -119,12 +121,12 @@ await() {
 # ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED, FAILED ... of a queued resource, NONE, or UNKNOWN.
 state() {
     local answer
-    if answer=$("${describe[@]}" 2>&1); then
+    if answer=$("${ask_state[@]}" 2>&1); then
         echo "${answer##*$'\n'}"
     elif [[ ${answer,,} =~ not.?found ]]; then
         echo NONE
     else
-        echo "${answer##*$'\n'}" >&2
+        grep ERROR <<<"$answer" >&2 || echo "$answer" >&2
         echo UNKNOWN
     fi
 }
@@ -133,9 +135,10 @@ install() {
     local archive=${TMPDIR:-/tmp}/dit_jax-$NAME.tar.gz node
     pack "$archive"
     for node in $(nodes); do
-        do_it gcloud compute tpus tpu-vm scp "$archive" "$node:dit_jax.tar.gz" "${location[@]}" --worker=all || return
+        do_it gcloud compute tpus tpu-vm scp "$archive" "$node:dit_jax.tar.gz" "${location[@]}" --worker=all --quiet ||
+            return
     done
-    on_all "mkdir -p dit_jax && tar -xzf dit_jax.tar.gz -C dit_jax && bash dit_jax/launch/tpu_worker.sh install${SETUP:+ && $SETUP} && touch dit_jax/.installed"
+    on_all "mkdir -p dit_jax && tar -xzf dit_jax.tar.gz -C dit_jax && bash dit_jax/launch/tpu_worker.sh install && touch dit_jax/.installed"
 }
 
 # The files that git knows or would add, as they are on the disk; without git, all but what is made here.
@@ -151,14 +154,14 @@ pack() {
 }
 
 run() {
-    on_all "bash dit_jax/launch/tpu_worker.sh start$(printf ' %q' "$@")" || return
+    on_all "${SETUP:+{ $SETUP; \} && }bash dit_jax/launch/tpu_worker.sh start$(printf ' %q' "$@")" || return
     say "started; see: $0 status, $0 logs"
 }
 
 run_forever() {
     local state workers failures=0
     if [ -n "$DRY_RUN" ]; then
-        do_it "${describe[@]}"
+        do_it "${ask_state[@]}"
         run "$@"
         workers
         echo "# and when the pod was preempted:"
@@ -167,14 +170,15 @@ run_forever() {
         run "$@"
         return
     fi
+    [ "$(state)" != UNKNOWN ] || fail "gcloud does not answer: log in, and set the project; it said the above"
     while [ "$failures" -le "$RETRIES" ]; do
         state=$(state)
         case $state in
-        NONE) create || failures=$((failures + 1)) ;;
+        NONE) if create; then failures=0; else failures=$((failures + 1)); fi ;;
         FAILED | SUSPENDED)
             say "$NAME is $state: deleting it and asking for another"
-            failures=0
-            if ! { delete && create; }; then sleep "$POLL"; fi
+            [ "$state" != FAILED ] || "${describe[@]}" "--format=yaml(state)" >&2 || true
+            delete || sleep "$POLL"
             ;;
         ACTIVE)
             workers=$(workers) || workers=silent
@@ -208,7 +212,7 @@ logs() {
 
 status() {
     if [ -n "$DRY_RUN" ]; then
-        do_it "${describe[@]}"
+        do_it "${ask_state[@]}"
         workers
         return
     fi
@@ -244,7 +248,7 @@ on_all() {
 }
 
 on_node() {
-    do_it gcloud compute tpus tpu-vm ssh "$1" "${location[@]}" "--worker=$2" "--command=$3"
+    do_it gcloud compute tpus tpu-vm ssh "$1" "${location[@]}" --quiet "--worker=$2" "--command=$3"
 }
 
 do_it() {

@@ -2,12 +2,14 @@
 # What launch/tpu_pod.sh does on each worker of a pod. The run's log is dit_jax.log in the home folder.
 #   tpu_worker.sh install         makes .venv in this checkout, with JAX for TPU
 #   tpu_worker.sh start COMMAND   starts COMMAND in the background, in this checkout; it outlives the ssh connection
-#   tpu_worker.sh status          idle, running, finished, stopped (as asked), preempted (so the machine goes), or failed
+#   tpu_worker.sh status          idle, running, finished, stopped (as asked), preempted (this machine goes, or went and
+#                                 came back, or another one is missing), or failed
 #   tpu_worker.sh stop            asks the run to save and end
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 state=$HOME/.dit_jax
 log=$HOME/dit_jax.log
+boot=/proc/sys/kernel/random/boot_id # another one after each start of the machine
 
 install() {
     # shellcheck source=environment.sh
@@ -16,6 +18,7 @@ install() {
     if ! .venv/bin/python -c '' 2>/dev/null && ! find_python >/dev/null; then
         echo "== this runtime's Python is older than 3.11: fetching one with uv"
         python3 -m pip install --quiet --user uv
+        rm -rf .venv
         python3 -m uv venv --quiet --seed --python 3.12 .venv
     fi
     prepare tpu
@@ -28,6 +31,9 @@ start() {
     fi
     rm -rf "$state"
     mkdir "$state"
+    cat "$boot" >"$state/boot"
+    # What JAX asks for at its start on TPUs: without it the runtime starts and ends slowly.
+    sudo sh -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled' 2>/dev/null || true
     setsid bash "${BASH_SOURCE[0]}" supervise "$@" >>"$log" 2>&1 </dev/null &
     echo $! >"$state/supervisor"
 }
@@ -45,7 +51,9 @@ supervise() {
     "$@" &
     echo $! >"$state/run"
     while wait $! || status=$?; kill -0 $! 2>/dev/null; do status=0; done
-    if [ "$status" -ne 0 ]; then
+    if [ "$status" -eq 75 ]; then # another host is missing
+        ended=preempted
+    elif [ "$status" -ne 0 ]; then
         ended=failed
     elif [ -e "$state/asked" ]; then
         ended=stopped
@@ -61,8 +69,12 @@ status() {
         cat "$state/end"
     elif [ ! -e "$state/supervisor" ]; then
         echo idle
+    elif [ "$(cat "$boot")" != "$(cat "$state/boot")" ]; then
+        echo preempted
     elif kill -0 "$(cat "$state/supervisor")" 2>/dev/null; then
         echo running
+    elif [ -e "$state/preempted" ]; then
+        echo preempted
     else
         echo failed
     fi

@@ -1,8 +1,12 @@
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from dit_jax.errors import InputError
-from dit_jax.files import make_folder, read_npz, replacing
+from dit_jax.files import make_folder, read_npz, replacing, require_renaming
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -23,6 +27,26 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write to the folder"):
         make_folder(tmp_path / "file" / "run")
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("gs://bucket/run", Path("gs://bucket/run"), tmp_path / "s3:" / "bucket"):
+        with pytest.raises(InputError, match="is an address, expected a path"):
+            make_folder(path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_renames_no_folders_is_refused(tmp_path, monkeypatch):
+    require_renaming(tmp_path)
+
+    def rename(*paths):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(InputError, match=r"cannot be renamed \(Too many open files\)"):
+        require_renaming(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_npz_errors_name_the_fault(tmp_path):

@@ -147,7 +147,7 @@ def find_others() -> dict[str, Any] | None:
     given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if any(value is not None for value in given):
         return _given(*given)
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    if "SLURM_STEP_NODELIST" in environment and _slurm_tasks() > 1:
         here = _tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), int(environment.get("SLURM_NODEID", 0)))
         gpus = _own_gpus(here, int(environment["SLURM_LOCALID"]))
         return {"cluster_detection_method": "slurm", "local_device_ids": gpus}
@@ -180,6 +180,11 @@ def _given(coordinator: str | None, count: int | None, index: int | None) -> dic
     }
 
 
+def _slurm_tasks() -> int:
+    """Tasks of this step; a step of one, such as the shell of `salloc`, may have the job's SLURM_NTASKS as well."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+
+
 def _tasks_on_node(counts: str, node: int) -> int:
     """Slurm's `2(x3),1` is 2, 2, 2 and 1 tasks on the nodes; 0 if it does not say."""
     tasks = []
@@ -192,11 +197,11 @@ def _tasks_on_node(counts: str, node: int) -> int:
 def _own_gpus(processes: int, index: int) -> list[int] | None:
     """Which of the GPUs that process `index` of so many on this node sees are its own: [] all, None as JAX chooses.
 
-    JAX gives each process one GPU, which is wrong for one process a node, and where Slurm has bound GPUs to tasks.
+    JAX gives each process the GPU of its index: wrong for one process a node, and where each sees its own only.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     seen = len(visible.split(",")) if visible else 0
-    if processes == 1 or 0 < seen < int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
+    if processes == 1 or 0 < seen < max(processes, int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)):
         return []
     if processes and seen >= processes and seen % processes == 0:
         share = seen // processes

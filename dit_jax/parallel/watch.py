@@ -16,6 +16,7 @@ PERIOD = 2.0  # seconds between two signs of life
 SILENCE = 25.0  # seconds without one after which a process is missing
 GRACE = 4.0  # seconds in which a process whose peer has failed may fail itself, with its own message
 FAREWELL = 15.0  # seconds at most that an ending process stays for others to read why
+LOST = 75  # exit status where a process is missing: EX_TEMPFAIL of sysexits.h, start it again; launch/ knows it
 
 _LIBC = ctypes.CDLL(None)
 _LIBC.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
@@ -38,9 +39,9 @@ class Watch:
         self._index, self._count = index, count
         now = time.monotonic()
         self._beats = dict.fromkeys(range(count), ("", now))  # the last sign of life and when it was new here
-        self._ends: dict[int, str] = {}  # why a process has ended
+        self._ends: dict[int, tuple[int, str]] = {}  # with what status a process has ended, and why
         self._closed = False  # whether nobody listens at the address any more
-        self._last_words: str | None = None
+        self._own_end: tuple[int, str] | None = None
         self._stopped, self._hurry, self._one_ends_it = threading.Event(), threading.Event(), threading.Lock()
         _LIBC.signal(signal.SIGABRT, _LIBC.sleep)  # for as many seconds as SIGABRT's number, 6; it needs no Python
         for run in (self._beat, self._hold_the_line, self._judge):
@@ -68,7 +69,7 @@ class Watch:
         else:
             status = 1
             traceback.print_exception(error)
-        self._leave(one_line(error), status)
+        self._leave(status, one_line(error))
 
     def _beat(self) -> None:
         beat = 0
@@ -78,12 +79,14 @@ class Watch:
                 self._client.key_value_set(
                     f"watch/beat/{self._index}", f"{beat} {socket.gethostname()}", allow_overwrite=True
                 )
-                if self._last_words is not None:
-                    self._client.key_value_set(f"watch/end/{self._index}", self._last_words, allow_overwrite=True)
+                if self._own_end is not None:
+                    status, words = self._own_end
+                    self._client.key_value_set(f"watch/end/{self._index}", f"{status} {words}", allow_overwrite=True)
                 for key, value in self._client.key_value_dir_get("watch/"):
                     *_, what, other = key.split("/")
                     if what == "end":
-                        self._ends[int(other)] = value
+                        status, _, words = value.partition(" ")
+                        self._ends[int(other)] = int(status), words
                     elif value != self._beats[int(other)][0]:
                         self._beats[int(other)] = (value, time.monotonic())
             except Exception:  # whatever the client raises when there is no store; the judge counts the seconds
@@ -110,21 +113,24 @@ class Watch:
             ended = [other for other in self._ends if other != self._index]
             if ended:
                 time.sleep(GRACE)
-            verdict = self._verdict(ended)
-            if verdict:
+            if verdict := self._verdict(ended):
                 self._end_once()
-                print(f"\nerror: {verdict}", file=sys.stderr)  # below a progress bar
-                self._leave(verdict, 1)
+                print(f"\nerror: {verdict[1]}", file=sys.stderr)  # below a progress bar
+                self._leave(*verdict)
 
-    def _verdict(self, ended: list[int]) -> str | None:
+    def _verdict(self, ended: list[int]) -> tuple[int, str] | None:
+        """With what status this process is to end, and why."""
         if self._closed:
-            return f"{self._name(0)} is missing: its connection is closed; {self._advice}"
+            return LOST, f"{self._name(0)} is missing: its connection is closed; {self._advice}"
         silent = {other: time.monotonic() - since for other, (_, since) in self._beats.items()}
         # From a store that does not answer, this process's own beats do not come back either.
         gone = 0 if silent[self._index] > SILENCE else max(silent, key=silent.get)
         if silent[gone] > SILENCE:
-            return f"{self._name(gone)} is missing: no sign of life for {SILENCE:.0f} s; {self._advice}"
-        return f"{self._name(ended[0])} has ended: {self._ends[ended[0]]}" if ended else None
+            return LOST, f"{self._name(gone)} is missing: no sign of life for {SILENCE:.0f} s; {self._advice}"
+        if not ended:
+            return None
+        status, words = self._ends[ended[0]]
+        return LOST if status == LOST else 1, f"{self._name(ended[0])} has ended: {words}"
 
     def _name(self, other: int) -> str:
         host = self._beats[other][0].partition(" ")[2]
@@ -135,10 +141,10 @@ class Watch:
         while not self._one_ends_it.acquire(timeout=3600):
             pass
 
-    def _leave(self, last_words: str, status: int) -> None:
+    def _leave(self, status: int, last_words: str) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        self._last_words = last_words
+        self._own_end = status, last_words
         self._hurry.set()
         deadline = time.monotonic() + FAREWELL
         while time.monotonic() < deadline and not self._heard():

@@ -76,6 +76,7 @@ def test_tasks_of_a_slurm_step_find_each_other(found):
 
 
 def test_a_batch_script_or_a_step_of_one_task_is_alone(found):
+    assert found(**SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # the shell that `salloc` opens
     script = {name: value for name, value in SLURM.items() if not name.startswith("SLURM_STEP")}
     assert found(**script) is None
     assert found(**SLURM | {"SLURM_NTASKS": "1"}) is None
@@ -93,6 +94,11 @@ def test_a_batch_script_or_a_step_of_one_task_is_alone(found):
 )
 def test_a_slurm_task_uses_its_share_of_the_gpus_of_its_node(found, environment, own):
     assert found(**SLURM | environment)["local_device_ids"] == own
+
+
+def test_an_mpi_process_uses_the_one_gpu_that_it_sees(found):
+    launched = OMPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    assert found(**launched, CUDA_VISIBLE_DEVICES="1")["local_device_ids"] == []
 
 
 def test_mpi_is_found_by_jax_or_by_mpi4py_which_must_be_there(found, monkeypatch):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dit_jax.parallel.watch import LOST
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 
@@ -117,14 +119,14 @@ def tpu_pod(*args: str) -> subprocess.CompletedProcess:
 PLACE = "--zone=us-east5-b --project=p"
 
 
-SSH = f"gcloud compute tpus tpu-vm ssh {{node}} {PLACE} --worker={{worker}} '--command={{command}}'"
+SSH = f"gcloud compute tpus tpu-vm ssh {{node}} {PLACE} --quiet --worker={{worker}} '--command={{command}}'"
 DRY_RUNS = {
     ("--spot", "create"): [
         f"gcloud compute tpus queued-resources create xl {PLACE} --accelerator-type=v6e-16"
         " --runtime-version=v2-alpha-tpuv6e --node-id=xl --spot",
         f"gcloud compute tpus queued-resources describe xl {PLACE} '--format=value(state.state)'",
         f"tar -C {ROOT} -czf TMPDIR/dit_jax-xl.tar.gz (the files of the checkout)",
-        f"gcloud compute tpus tpu-vm scp TMPDIR/dit_jax-xl.tar.gz xl:dit_jax.tar.gz {PLACE} --worker=all",
+        f"gcloud compute tpus tpu-vm scp TMPDIR/dit_jax-xl.tar.gz xl:dit_jax.tar.gz {PLACE} --worker=all --quiet",
         SSH.format(
             node="xl",
             worker="all",
@@ -139,6 +141,11 @@ DRY_RUNS = {
             command="bash dit_jax/launch/tpu_worker.sh start python -m dit_jax.train --workdir=/mnt/my\\ runs",
         )
         for node in ("xl-0", "xl-1")
+    ],
+    ("--setup=mount /mnt || exit", "run", "--", "train"): [
+        SSH.format(
+            node="xl", worker="all", command="{ mount /mnt || exit; } && bash dit_jax/launch/tpu_worker.sh start train"
+        )
     ],
     ("logs", "3"): [SSH.format(node="xl", worker=3, command="tail -n 100 -F dit_jax.log")],
     ("stop",): [SSH.format(node="xl", worker="all", command="bash dit_jax/launch/tpu_worker.sh stop")],
@@ -227,6 +234,41 @@ def test_a_run_that_fails_on_a_healthy_pod_is_not_started_for_ever(standin):
         assert (standin / f"dit-worker{worker}" / "dit_jax.log").read_text().count("\nwrong") == 2
 
 
+def test_requests_that_fail_are_not_made_for_ever_and_the_reason_is_shown(standin):
+    (standin / "outcome").write_text("FAILED")
+    result = tpu_pod("--poll=0.1", "--retries=1", "run", "--forever", "--", "true")
+    assert result.returncode == 2 and "given up after 2 failures" in result.stderr
+    assert [words[3] for words in asked(standin)].count("create") == 2
+    assert any(words[-1] == "--format=yaml(state)" for words in asked(standin))
+
+
+def test_nothing_is_waited_for_where_gcloud_refuses_to_answer(standin):
+    (standin / "refuses").write_text("ERROR: (gcloud) You have no active account.\nPlease run:\n  $ gcloud")
+    result = tpu_pod("--poll=0.1", "run", "--forever", "--", "true")
+    assert result.returncode == 2 and len(asked(standin)) == 1
+    account, advice = result.stderr.splitlines()
+    assert "active account" in account and "log in" in advice
+
+
+@pytest.mark.parametrize(
+    ("command", "state"), [(f"exit {LOST}", "preempted"), ("exit 3", "failed"), ("kill -9 $PPID", "failed")]
+)
+def test_a_worker_tells_how_its_run_ended(standin, command, state):
+    def worker(*args: str) -> str:
+        command, environment = ["bash", LAUNCH / "tpu_worker.sh", *args], os.environ | {"HOME": str(standin)}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert worker("status") == "idle"
+    worker("start", "bash", "-c", command)
+    wait_until(lambda: worker("status") == state)
+    (standin / ".dit_jax" / "end").unlink(missing_ok=True)
+    (standin / ".dit_jax" / "supervisor").write_text(str(os.getpid()))
+    assert worker("status") == "running"
+    (standin / ".dit_jax" / "boot").write_text("that of the day before")  # and the number is another process's now
+    assert worker("status") == "preempted"
+    (standin / ".dit_jax" / "supervisor").unlink()
+
+
 def test_gke_jobset_is_what_readme_applies(standin):
     subprocess.run(["kubectl", "apply", "-f", "launch/gke_jobset.yaml"], cwd=ROOT, check=True, capture_output=True)
     assert asked(standin) == [["apply", "-f", "launch/gke_jobset.yaml"]]
@@ -243,8 +285,10 @@ def test_gke_jobset_is_what_readme_applies(standin):
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     # Preemption fails the job for a reason of its own, and this reason does not count.
-    (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert job["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [LOST, 143]}},
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]},
+    ]
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
     assert policy["rules"] == [

@@ -18,6 +18,7 @@ from flax import nnx
 from dit_jax.evaluation.classifier import write_classifier
 from dit_jax.files import read_npz
 from dit_jax.models.classifier import Classifier, ClassifierConfig
+from dit_jax.parallel.watch import LOST
 
 SMALL = [
     "--config=configs/digits.py",
@@ -154,7 +155,7 @@ def test_when_a_process_is_killed_the_others_name_it_and_end_and_the_run_goes_on
         pod.processes[killed].kill()
     for killed, pod in pods.items():
         statuses = pod.wait(timeout=60)
-        assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == 1, pod.account()
+        assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == LOST, pod.account()
         line = pod.told[1 - killed].read_text().splitlines()[-1]
         assert line.startswith(f"error: process {killed} of 2 (host {socket.gethostname()}) is missing"), pod.account()
         assert line.endswith("the same command goes on from the last checkpoint")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from dit_jax.parallel.watch import LOST
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = Path(__file__).parent / "standins" / "training.py"
 
@@ -229,19 +231,21 @@ def test_an_error_is_not_tried_again(tmp_path):
     assert job.end() == ("FAILED", "2", "0")
 
 
-def test_restarts_are_bounded(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("end", "status"), [("kill -9 $$", "137"), (f"exit $(({LOST} * SLURM_PROCID))", str(LOST))])
+def test_restarts_are_bounded(tmp_path, monkeypatch, end, status):
     monkeypatch.setenv("MAX_RESTARTS", "0")
-    job = Job(tmp_path / "log", "bash", "-c", "kill -9 $$")
-    assert job.end() == ("FAILED", "137", "0")
+    job = Job(tmp_path / "log", "bash", "-c", end)
+    assert job.end() == ("FAILED", status, "0")
     assert job.said("not put back into the queue after 0 restarts")
 
 
 def test_dry_run_prints_what_would_run():
     command = ["bash", "launch/slurm.sbatch", "--", "python", "-m", "dit_jax.train"]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"DRY_RUN": "1"}, capture_output=True, text=True)
+    environment = os.environ | {"DRY_RUN": "1", "SLURM_CPUS_PER_TASK": "8"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout.split() == [
-        *("srun", "--label", "--kill-on-bad-exit=0", "--wait=90", "bash", f"{ROOT}/launch/slurm_task.sh"),
-        *("python", "-m", "dit_jax.train"),
+        *("srun", "--cpus-per-task=8", "--label", "--kill-on-bad-exit=0", "--wait=90"),
+        *("bash", f"{ROOT}/launch/slurm_task.sh", "python", "-m", "dit_jax.train"),
     ]
 
 
