@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dit_jax.errors import InputError
-from dit_jax.files import make_folder, require_renaming
+from dit_jax.files import require_renaming
 from dit_jax.parallel import processes
 from dit_jax.parallel.sharding import shares
 
@@ -48,7 +48,9 @@ class CheckpointStore:
         """
         self.folder = Path(folder).absolute()
         if write:
-            require_renaming(make_folder(self.folder))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not any(self.folder.iterdir()):
+                require_renaming(self.folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,

@@ -1,5 +1,6 @@
 """From labels and keys to pictures, in one compiled program."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,8 @@ def make_program(
     """
     if sampler not in SAMPLERS:
         raise InputError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance={guidance}: expected a finite number; 1 is none")
     diffusion = GaussianDiffusion.create(respacing=str(steps), **process)
     guided_steps(guidance_interval, diffusion)  # raises before anything is computed
     graph, _ = abstract_dit(config)

@@ -1,5 +1,6 @@
 """The training loop: one for every model, data set and mesh."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -100,7 +101,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
 
 
 def check(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> None:
-    """Raise InputError for settings that are each right but do not fit together."""
+    """Raise InputError for settings that are out of their range, or do not fit together."""
     model, classes, (height, width, channels) = DiTConfig(**config.model), len(source.class_names), inputs.shape
     if model.in_channels != channels:
         raise InputError(
@@ -122,6 +123,12 @@ def check(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> Non
             f"model.learn_sigma={model.learn_sigma} does not go with diffusion.variance={config.diffusion.variance}: "
             "learned_range needs learn_sigma=True, a fixed variance learn_sigma=False"
         )
+    if config.steps < 0:
+        raise InputError(f"steps={config.steps}: expected 0 or more")
+    if not 0.0 <= config.ema_decay <= 1.0:
+        raise InputError(f"ema_decay={config.ema_decay}: expected 0 to 1")
+    if not 0.0 <= config.optimizer.learning_rate < math.inf:
+        raise InputError(f"optimizer.learning_rate={config.optimizer.learning_rate}: expected 0 or more")
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size < 1 or config.accumulate < 1 or config.batch_size % (shards * config.accumulate):
         raise InputError(
