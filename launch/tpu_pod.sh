@@ -135,7 +135,7 @@ install() {
     local archive=${TMPDIR:-/tmp}/dit_jax-$NAME.tar.gz node
     pack "$archive"
     for node in $(nodes); do
-        do_it gcloud compute tpus tpu-vm scp "$archive" "$node:dit_jax.tar.gz" "${location[@]}" --worker=all --quiet ||
+        do_it gcloud compute tpus tpu-vm scp "$archive" "$node:dit_jax.tar.gz" "${location[@]}" --quiet --worker=all ||
             return
     done
     on_all "mkdir -p dit_jax && tar -xzf dit_jax.tar.gz -C dit_jax && bash dit_jax/launch/tpu_worker.sh install && touch dit_jax/.installed"

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -55,9 +57,8 @@ def test_inversion_replays_the_published_loop(golden, toy):
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 25])
 def test_dpm_solver_walks_like_the_one_of_diffusers(toy, draws, schedule, steps):
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     diffusion = GaussianDiffusion.create(str(steps), schedule, variance="fixed_small")
-    theirs = diffusers.DPMSolverMultistepScheduler(
+    theirs = DPMSolverMultistepScheduler(
         beta_schedule=schedule, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
     )
     theirs.set_timesteps(timesteps=diffusion.timestep_map[::-1].tolist())

@@ -126,7 +126,7 @@ DRY_RUNS = {
         " --runtime-version=v2-alpha-tpuv6e --node-id=xl --spot",
         f"gcloud compute tpus queued-resources describe xl {PLACE} '--format=value(state.state)'",
         f"tar -C {ROOT} -czf TMPDIR/dit_jax-xl.tar.gz (the files of the checkout)",
-        f"gcloud compute tpus tpu-vm scp TMPDIR/dit_jax-xl.tar.gz xl:dit_jax.tar.gz {PLACE} --worker=all --quiet",
+        f"gcloud compute tpus tpu-vm scp TMPDIR/dit_jax-xl.tar.gz xl:dit_jax.tar.gz {PLACE} --quiet --worker=all",
         SSH.format(
             node="xl",
             worker="all",
@@ -267,6 +267,16 @@ def test_a_worker_tells_how_its_run_ended(standin, command, state):
     (standin / ".dit_jax" / "boot").write_text("that of the day before")  # and the number is another process's now
     assert worker("status") == "preempted"
     (standin / ".dit_jax" / "supervisor").unlink()
+
+
+def test_slurm_dry_run_prints_what_would_run():
+    command = ["bash", "launch/slurm.sbatch", "--", "python", "-m", "dit_jax.train"]
+    environment = os.environ | {"DRY_RUN": "1", "SLURM_CPUS_PER_TASK": "8"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == [
+        *("srun", "--cpus-per-task=8", "--label", "--kill-on-bad-exit=0", "--wait=90"),
+        *("bash", f"{ROOT}/launch/slurm_task.sh", "python", "-m", "dit_jax.train"),
+    ]
 
 
 def test_gke_jobset_is_what_readme_applies(standin):
