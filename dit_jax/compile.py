@@ -11,7 +11,9 @@ Examples:
       --compare=model.attention=global --compare="model.attention=window:8*6,mixed:8*3,global*3"
 """
 
+import json
 import re
+from contextlib import suppress
 
 from absl import flags
 from ml_collections import config_flags
@@ -78,19 +80,16 @@ def changed(config, changes: str):
 
     from dit_jax.errors import InputError
 
-    config = ConfigDict(config.to_dict())  # a copy to its depth
+    config = ConfigDict(config.to_dict()).lock()  # a copy to its depth, which takes no new fields
     for change in filter(None, re.split(r",(?=[\w.]+=)", changes)):  # a schedule of attention has commas of its own
         field, _, value = change.partition("=")
-        *path, name = field.split(".")
-        holder = config
+        with suppress(ValueError):  # a word stays what it is
+            value = json.loads(value)
         try:
-            for part in path:
-                holder = holder[part]
-            kind = type(holder[name])
-            holder[name] = value if kind is str else kind(float(value))
-        except (KeyError, TypeError, ValueError) as error:
+            config.update_from_flattened_dict({field: value})
+        except (KeyError, TypeError) as error:
             raise InputError(
-                f"--compare={change}: expected a field of the config and a value, as mesh.fsdp=8"
+                f"--compare={change}: expected a field of the config and a value of its type, as mesh.fsdp=8"
             ) from error
     return config
 

@@ -18,10 +18,11 @@ from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.compilation.programs import codec_of, context_of
 from dit_jax.config import DiTConfig
 from dit_jax.data.sources import open_source
+from dit_jax.errors import InputError
 from dit_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from dit_jax.models.dit import DiT, abstract_dit
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.parallel.sharding import batch_sharding
+from dit_jax.parallel.sharding import batch_sharding, require_shards
 from dit_jax.sampling.generate import image_keys, make_generate, network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 from dit_jax.training.inputs import open_inputs
@@ -35,6 +36,7 @@ STEPS = 3  # in one measurement of training, and in a profile
 def train(config: ConfigDict, repeats: int, profile: str | None) -> list[Row]:
     """The training step on a batch of noise that stays on the devices: what the loader could at most be used for."""
     mesh, model = make_mesh(config.mesh), DiTConfig(**config.model)
+    require_shards(config.batch_size, config.accumulate, mesh)
     with jax.set_mesh(mesh):
         batch = jax.device_put(examples(model, config.batch_size), batch_sharding(mesh))
         state = init_state(config, mesh)
@@ -140,6 +142,8 @@ def encode(autoencoder: str | None, image_size: int, images: int, repeats: int, 
 
 def examples(model: DiTConfig, count: int) -> dict[str, np.ndarray]:
     """A batch of noise as the step takes it: x, y, and for a model that takes them condition tokens and their mask."""
+    if count < 1:
+        raise InputError(f"batch_size={count}: expected at least 1")
     rng = np.random.default_rng(0)
     shape = (count, model.input_size, model.input_size, model.in_channels)
     return {

@@ -14,7 +14,8 @@ BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
     "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
 }  # fmt: skip
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "slice-to-slice"  # TPUs hand their hosts what these exchange, by the instruction `send`
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
 # They name or rename memory and move nothing.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "add-dependency"}  # fmt: skip
@@ -142,7 +143,7 @@ class Program:
             target = instruction.outputs[1] if opcode == "slice-start" else instruction.outputs[0]
             moved = min(instruction.outputs[0].bytes, instruction.outputs[1].bytes)
             return moved * (operands[0].main + target.main)
-        if opcode.endswith("-start"):  # its outputs hold its operands too
+        if opcode.endswith("-start") or opcode == "send":  # its outputs hold its operands too
             return max(written, sum(operand.traffic for operand in operands))
         if opcode == "fusion":
             return self._moved_by_fusion(instruction, [known[name].outputs for name in instruction.operands])
@@ -245,18 +246,21 @@ class Program:
         """By kind: how often devices talk to each other and the bytes that each sends, by the ring algorithms."""
         counts, sent = defaultdict(int), defaultdict(float)
         seen = set()
-        for name, times in self._with_fusions():
+        for name, times, fused in self._with_fusions():
             for instruction in self.computations[name].values():
-                kind = instruction.opcode.removesuffix("-start")
+                kind = {"send": BETWEEN_SLICES}.get(instruction.opcode, instruction.opcode.removesuffix("-start"))
                 if kind not in COLLECTIVES:
                     continue
-                channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-                if channel and channel[1] in seen:  # one operation, started and finished by several fusions
-                    continue
-                seen.add(channel and channel[1])
+                if fused:  # several of them carry out one operation, and two operations may share a channel
+                    one = kind, *re.findall(r'channel_id=\d+|chain_id="\d+"', instruction.attributes)
+                    if one in seen:
+                        continue
+                    seen.add(one)
                 group = self._group_size(instruction)
                 result = instruction.outputs
-                if instruction.opcode.endswith("-start") and kind != "all-reduce":
+                if kind == BETWEEN_SLICES:
+                    result = result[:1]
+                elif instruction.opcode.endswith("-start") and kind != "all-reduce":
                     result = result[len(result) // 2 :] if kind != "collective-permute" else result[1:2]
                 size = sum(output.bytes for output in result)
                 if kind == "all-reduce" and self._is_scattered(name, instruction):
@@ -270,14 +274,15 @@ class Program:
         (result,) = (other for other in self.computations[computation].values() if other.root)
         return result.opcode == "dynamic-slice" and result.operands[0] == instruction.name
 
-    def _with_fusions(self) -> Iterator[tuple[str, int]]:
+    def _with_fusions(self) -> Iterator[tuple[str, int, bool]]:
+        """(computation, how often it runs, whether it is inside a fusion or an asynchronous operation)."""
         for name, times in self.runs:
-            yield name, times
+            yield name, times, False
             for instruction in self.computations[name].values():
                 if instruction.opcode == "fusion" or instruction.opcode.startswith("async-start"):
                     called = instruction.attribute("calls")
                     if called:
-                        yield called, times
+                        yield called, times, True
 
     def _group_size(self, instruction: Instruction) -> int:
         text = instruction.attributes
@@ -365,4 +370,5 @@ def _ring_share(kind: str, devices: int) -> float:
         "reduce-scatter": devices - 1,
         "all-to-all": (devices - 1) / devices,
         "collective-permute": 1,
+        BETWEEN_SLICES: 1,
     }[kind]

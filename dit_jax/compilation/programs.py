@@ -13,7 +13,7 @@ from dit_jax.config import DiTConfig, best_kernel
 from dit_jax.errors import InputError
 from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
 from dit_jax.models.dit import abstract_dit
-from dit_jax.parallel.sharding import batch_sharding
+from dit_jax.parallel.sharding import batch_sharding, require_shards
 from dit_jax.sampling.generate import make_program
 from dit_jax.training.encoding import make_encode_program
 from dit_jax.training.inputs import choose_and_draw, encode_and_draw
@@ -35,11 +35,7 @@ def lower(what: str, config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     """train: the whole step. sample: `config.batch_size` pictures, decoded. encode: as many images to moments."""
     if what not in PROGRAMS:
         raise InputError(f"what={what!r}: expected one of {', '.join(PROGRAMS)}")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % (shards * config.accumulate):
-        raise InputError(
-            f"batch_size={config.batch_size} is no multiple of {shards * config.accumulate}: see config.mesh"
-        )
+    require_shards(config.batch_size, config.accumulate if what == "train" else 1, mesh)
     with jax.set_mesh(mesh):
         return PROGRAMS[what](config, mesh)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dit_jax.compilation.hlo import Program
+from dit_jax.compilation.hlo import BETWEEN_SLICES, Program
 from dit_jax.compilation.programs import lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
@@ -19,7 +19,10 @@ from dit_jax.parallel.memory import live_bytes
 from dit_jax.sampling.generate import network_passes
 from dit_jax.training.flops import forward_macs, train_flops
 
-FORMULA = "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / link bandwidth: published peaks, all at once"
+FORMULA = (
+    "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / bandwidth of the links or, between slices, of the "
+    "hosts' network: published peaks, all at once"
+)
 
 
 def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
@@ -178,11 +181,14 @@ def _analytic_flops(what: str, config: ConfigDict) -> float:
 
 
 def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:
+    outside = report["collectives"].get(BETWEEN_SLICES, {"bytes": 0})["bytes"]
     parts = {
         "compute": _flops(report) / chip.flops,
         "memory": report["traffic"] / chip.bandwidth,
-        "network": _sent(report) / chip.links,
+        "network": (_sent(report) - outside) / chip.links,
     }
+    if outside and chip.outside:
+        parts["slices"] = outside / chip.outside
     seconds = max(parts.values())
     return {
         "seconds": seconds,

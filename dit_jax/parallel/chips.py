@@ -25,13 +25,15 @@ class Chip:
     """Of main memory, bytes/s."""
     links: float
     """Bytes/s that it sends to its neighbours, over all links."""
+    outside: float | None = None
+    """Its part of what a TPU host sends to other slices, bytes/s; None where nothing is published."""
 
 
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 300e9),
-    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9),
-    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 600e9),
-    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 400e9),
+    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9, 25e9 / 8),
+    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 600e9, 50e9 / 8),
+    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 400e9, 100e9 / 8),
     "a100": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
     "h100": Chip("H100", 989e12, 80e9, 3352e9, 450e9),
     "h200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),

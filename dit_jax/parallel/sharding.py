@@ -8,6 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dit_jax.errors import InputError
+
 BATCH = P(("data", "fsdp"))
 TOKENS = P(("data", "fsdp"), None, "tensor")  # (B, N, features), split by heads or by the MLP's hidden features
 
@@ -25,6 +27,18 @@ TENSOR_AXIS = {
     "mlp/fc1/bias": -1,
     "mlp/fc2/kernel": -2,
 }
+
+
+def require_shards(batch_size: int, parts: int, mesh: Mesh) -> None:
+    """Raise InputError unless a batch can be split over data and fsdp in each of `parts` equal parts."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if parts < 1:
+        raise InputError(f"accumulate={parts}: expected at least 1")
+    if batch_size < 1 or batch_size % (shards * parts):
+        raise InputError(
+            f"batch_size={batch_size} cannot be split over {shards} shards (data x fsdp) with accumulate={parts}: "
+            f"choose a multiple of {shards * parts}"
+        )
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

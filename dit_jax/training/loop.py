@@ -21,7 +21,7 @@ from dit_jax.parallel import processes
 from dit_jax.parallel.chips import peak_flops
 from dit_jax.parallel.memory import has_room
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.parallel.sharding import batch_sharding
+from dit_jax.parallel.sharding import batch_sharding, require_shards
 from dit_jax.sampling.generate import image_keys, make_generate
 from dit_jax.sampling.pictures import save_grid
 from dit_jax.training import resume
@@ -129,12 +129,7 @@ def check(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> Non
         raise InputError(f"ema_decay={config.ema_decay}: expected 0 to 1")
     if not 0.0 <= config.optimizer.learning_rate < math.inf:
         raise InputError(f"optimizer.learning_rate={config.optimizer.learning_rate}: expected 0 or more")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size < 1 or config.accumulate < 1 or config.batch_size % (shards * config.accumulate):
-        raise InputError(
-            f"batch_size={config.batch_size} cannot be split over {shards} (data x fsdp) shards in "
-            f"{config.accumulate} parts: choose a multiple of {shards * config.accumulate}"
-        )
+    require_shards(config.batch_size, config.accumulate, mesh)
 
 
 def make_loader(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> Loader:

@@ -111,6 +111,68 @@ def test_what_devices_send_is_what_ring_algorithms_send():
     assert collective.bytes == 2 * 7 / 8 * 4 * 32 * 64
 
 
+def test_what_slices_exchange_is_told_apart_and_operations_may_share_a_channel():
+    """So libtpu writes a gather that three fusions carry out, and a sum over two slices, in a loop of seven rounds."""
+    program = Program(
+        """HloModule step, num_partitions=4
+
+%start (p: f32[8,32]) -> f32[32,32] {
+  %p = f32[8,32]{1,0} parameter(0)
+  ROOT %all-gather.1 = f32[32,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%finish (p: f32[8,32]) -> f32[32,32] {
+  %p = f32[8,32]{1,0} parameter(0)
+  ROOT %all-gather.2 = f32[32,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%other (p: f32[2,32]) -> f32[8,32] {
+  %p = f32[2,32]{1,0} parameter(0)
+  ROOT %all-gather.3 = f32[8,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="1"}
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (state: (s32[], f32[2,32])) -> (s32[], f32[2,32]) {
+  %state = (s32[], f32[2,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[2,32]{1,0} get-tuple-element(%state), index=1
+  %y = f32[8,32]{1,0} fusion(%x), kind=kCustom, calls=%other
+  %begun = f32[32,32]{1,0} fusion(%y), kind=kCustom, calls=%start
+  %ended = f32[32,32]{1,0} fusion(%y), kind=kCustom, calls=%finish
+  %sum = f32[32,32]{1,0} all-reduce(%ended), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %token = token[] after-all()
+  %send.1 = (f32[2,32]{1,0}, u32[], token[]) send(%x, %token), channel_id=1, is_host_transfer=true
+  %sent = token[] send-done(%send.1), channel_id=1, is_host_transfer=true
+  %recv.1 = (f32[2,32]{1,0}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true
+  %received = (f32[2,32]{1,0}, token[]) recv-done(%recv.1), channel_id=2, is_host_transfer=true
+  %z = f32[2,32]{1,0} get-tuple-element(%received), index=0
+  ROOT %next = (s32[], f32[2,32]{1,0}) tuple(%i, %z)
+}
+
+%condition (state: (s32[], f32[2,32])) -> pred[] {
+  %state = (s32[], f32[2,32]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (p: (s32[], f32[2,32])) -> (s32[], f32[2,32]) {
+  %p = (s32[], f32[2,32]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[2,32]{1,0}) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+}
+"""  # noqa: E501
+    )
+    found = {kind: (collective.runs, collective.bytes) for kind, collective in program.collectives.items()}
+    assert found == {
+        "all-gather": (14, 7 * 3 / 4 * 4 * (32 + 8) * 32),
+        "all-reduce": (7, 7 * 2 * 3 / 4 * 4 * 32 * 32),
+        "slice-to-slice": (7, 7 * 4 * 2 * 32),
+    }
+
+
 def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter():
     """So TPUs write it, the groups as axes of a mesh whose devices are in another order."""
     program = Program(

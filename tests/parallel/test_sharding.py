@@ -8,12 +8,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import DiTConfig
+from dit_jax.errors import InputError
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import (
     batch_sharding,
     gather_parameters,
     parameter_spec,
+    require_shards,
     shard_batch,
     shares,
     state_sharding,
@@ -73,6 +75,14 @@ def test_a_batch_is_split_over_data_and_fsdp():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     x = jax.device_put(jnp.zeros((8, 3)), batch_sharding(mesh))
     assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(0, 1), (-8, 1), (6, 1), (4, 2), (8, 0)])
+def test_a_batch_that_does_not_split_evenly_is_refused(batch_size, parts):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    require_shards(8, 2, mesh)
+    with pytest.raises(InputError, match=r"expected at least 1|choose a multiple of (4|8)$"):
+        require_shards(batch_size, parts, mesh)
 
 
 def test_outside_a_mesh_nothing_is_constrained():

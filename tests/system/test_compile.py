@@ -4,6 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+from ml_collections import ConfigDict
+
+from dit_jax.compile import changed
+from dit_jax.errors import InputError
+
 
 def run(*args: str, config: str = "configs/digits.py") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "dit_jax.compile", f"--config={config}", *args]
@@ -39,12 +45,22 @@ def test_a_tpu_that_is_not_here_is_compiled_for_with_its_own_attention_kernel():
     assert "reduce-scatter" in result.stdout and "all-gather" in result.stdout
 
 
+def test_compared_values_have_the_types_of_their_fields():
+    config = ConfigDict(dict(steps=1, model=dict(learn_sigma=True, mlp_ratio=4.0, attention="global")))
+    now = changed(config, "steps=2,model.learn_sigma=false,model.mlp_ratio=3,model.attention=window:2*2,global*1")
+    assert now.to_dict() == dict(steps=2, model=dict(learn_sigma=False, mlp_ratio=3.0, attention="window:2*2,global*1"))
+    assert config.steps == 1
+    for change in ("steps=2.7", "steps=many", "steps", "model.learn_sigma=0", "model=3", "model.colour=1", "colour=1"):
+        with pytest.raises(InputError, match=f"--compare={change}: expected a field of the config and a value of its"):
+            changed(config, change)
+
+
 def test_bad_arguments_are_refused_in_one_line():
     for args, message in (
         (("--topology=v7:2x2",), "expected one such as"),
         (("--topology=cpu:2", "--compare=model.colour=1"), "expected a field of the config"),
         (("--topology=cpu:2", "--what=encode"), "nothing to encode"),
-        (("--topology=cpu:3",), "no multiple of 3"),
+        (("--topology=cpu:3",), "choose a multiple of 3"),
     ):
         result = run(*args)
         assert result.returncode == 2 and message in result.stderr, (args, result.stderr)
