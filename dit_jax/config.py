@@ -1,7 +1,10 @@
 """Every setting once, with its meaning and unit: the network's (`DiTConfig`) and a training run's (`base_config`)."""
 
 import dataclasses
+import math
 import re
+import sys
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +24,7 @@ CHOICES = {
     "head_gate": ("none", "token", "condition"),
     "block": ("adaLN-Zero", "adaLN", "cross-attention", "in-context"),
 }
+COUNTS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "unroll")
 # Fields of networks that are not the paper's adaLN-Zero DiT.
 BEYOND_DIT = ("attention", "head_gate", "head_dim", "heads_left", "qk_norm", "rope", "block")
 BEYOND_DIT += ("context_features", "context_tokens")
@@ -122,9 +126,11 @@ class DiTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "heads_left", tuple(self.heads_left))  # a list where it was read from JSON
-        for count in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        for count in COUNTS:
             if getattr(self, count) < 1:
                 raise InputError(f"{count}={getattr(self, count)}: expected at least 1")
+        if not 1 <= self.mlp_ratio * self.hidden_size < math.inf:
+            raise InputError(f"mlp_ratio={self.mlp_ratio}: the MLP's hidden layer is at least 1 wide")
         if self.input_size % self.patch_size:
             raise InputError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
         if self.hidden_size % 4 or (self.hidden_size % self.num_heads and not self.head_dim):
@@ -308,3 +314,33 @@ def base_config() -> ConfigDict:
     c.sample.guidance_interval = ()  # guided noise levels, low,high of sqrt(1 / abar - 1); () guides all
     c.sample.clip_denoised = False  # keep predictions within [-1, 1]; for pixels, not for latents
     return c
+
+
+# The least and the most of numbers that would otherwise go wrong in silence, or late.
+RANGES = {
+    "steps": (0, sys.maxsize),
+    "ema_decay": (0, 1),
+    "head_gate_penalty": (0, sys.maxsize),
+    "optimizer.learning_rate": (0, sys.maxsize),
+    "optimizer.warmup_steps": (0, sys.maxsize),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, sys.maxsize),
+    "optimizer.clip_norm": (0, sys.maxsize),
+    "log_every": (1, sys.maxsize),
+    "checkpoint.every": (0, sys.maxsize),
+    "checkpoint.keep": (1, sys.maxsize),
+    "checkpoint.keep_every": (0, sys.maxsize),
+    "preview.every": (0, sys.maxsize),
+    "preview.count": (1, sys.maxsize),
+    "eval.every": (0, sys.maxsize),
+}
+
+
+def require_ranges(config: ConfigDict) -> None:
+    """Raise InputError for a number of a training config that is out of its range."""
+    for field, (least, most) in RANGES.items():
+        value = attrgetter(field)(config)
+        if not least <= value <= most:
+            expected = f"{least} or more" if most == sys.maxsize else f"{least} to {most}"
+            raise InputError(f"{field}={value}: expected {expected}")

@@ -1,6 +1,5 @@
 """The training loop: one for every model, data set and mesh."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY
 from dit_jax.checkpoints.store import CheckpointStore
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, require_ranges
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import InputError
@@ -123,12 +122,7 @@ def check(config: ConfigDict, source: Source, inputs: Inputs, mesh: Mesh) -> Non
             f"model.learn_sigma={model.learn_sigma} does not go with diffusion.variance={config.diffusion.variance}: "
             "learned_range needs learn_sigma=True, a fixed variance learn_sigma=False"
         )
-    if config.steps < 0:
-        raise InputError(f"steps={config.steps}: expected 0 or more")
-    if not 0.0 <= config.ema_decay <= 1.0:
-        raise InputError(f"ema_decay={config.ema_decay}: expected 0 to 1")
-    if not 0.0 <= config.optimizer.learning_rate < math.inf:
-        raise InputError(f"optimizer.learning_rate={config.optimizer.learning_rate}: expected 0 or more")
+    require_ranges(config)
     require_shards(config.batch_size, config.accumulate, mesh)
 
 
