@@ -39,7 +39,11 @@ def infer(
         raise InputError(f"these are not the weights of a DiT: no {error}; there are {some}, ...") from error
     except ValueError as error:
         raise InputError("these are not the weights of a DiT: a tensor has another number of axes") from error
+    if min(hidden_size, in_channels, patch_size, hidden_mlp, rows) < 1:
+        raise InputError("these are not the weights of a DiT: a tensor has an axis of length 0")
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
+    if depth > len(shapes):
+        raise InputError(f"these are not the weights of a DiT: {len(shapes)} tensors are not those of {depth} blocks")
     out_channels = out_features / patch_size**2
     if out_channels not in (in_channels, 2 * in_channels):
         raise InputError(

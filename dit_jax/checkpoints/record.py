@@ -46,9 +46,16 @@ class Record:
     def from_json(cls, fields: dict[str, Any]) -> "Record":
         """The record that `to_json` made. Raises InputError if it is not one."""
         try:
-            return cls(**(fields | {"model": DiTConfig(**fields["model"])}))
-        except (KeyError, TypeError) as error:
+            record = cls(**(fields | {"model": DiTConfig(**fields["model"])}))
+            # A config takes no field that it does not have, and no value of another type.
+            base_config().lock().update({"diffusion": record.diffusion, "sample": record.sample})
+            if not all(isinstance(name, str) for name in record.class_names):
+                raise TypeError("class_names are not all names")
+            if record.autoencoder and not {"name", "sha256"} <= record.autoencoder.keys():
+                raise KeyError("autoencoder")
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"its record cannot be read by dit_jax {__version__}: {error}") from error
+        return record
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

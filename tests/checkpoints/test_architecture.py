@@ -79,5 +79,9 @@ def test_other_networks_are_refused():
         infer({"conv_in.weight": (128, 3, 3, 3), "conv_in.bias": (128,)})
     with pytest.raises(InputError, match="not the weights of a DiT"):
         infer(shapes(TINY, **{"x_embedder.proj.weight": (64, 16)}), num_heads=4)
+    with pytest.raises(InputError, match="an axis of length 0"):
+        infer(shapes(TINY, **{"x_embedder.proj.weight": (64, 4, 0, 0)}), num_heads=4)
+    with pytest.raises(InputError, match="not those of 1000000000000 blocks"):
+        infer(shapes(TINY, **{"blocks.999999999999.attn.qkv.bias": (3,)}), num_heads=4)
     with pytest.raises(InputError, match=r"12 channels of .*'s 4"):
         infer(shapes(TINY, **{"final_layer.linear.weight": (48, 64)}), num_heads=4)

@@ -148,6 +148,24 @@ def test_a_damaged_record_is_named(arrays, damage):
     refuses(r"record\.json is not a whole record of weights", arrays)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"diffusion": []},
+        {"diffusion": {"schedule": 3}},
+        {"sample": {"steps": "many"}},
+        {"sample": {"colour": 3}},
+        {"class_names": [1, 2]},
+        {"autoencoder": 5},
+        {"autoencoder": {"name": "vae"}},
+    ],
+)
+def test_a_record_that_says_what_nobody_wrote_is_refused(arrays, change):
+    record = json.loads((arrays / "record.json").read_text())
+    (arrays / "record.json").write_text(json.dumps(record | change))
+    refuses(r"record\.json is not a whole record of weights", arrays)
+
+
 @pytest.mark.parametrize("change", [{"input_size": 9}, {"depth": 4}, {"num_classes": 11}, {"hidden_size": "64"}])
 def test_a_record_of_another_network_is_refused(arrays, change):
     record = json.loads((arrays / "record.json").read_text())
