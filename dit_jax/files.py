@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -99,14 +100,26 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises InputError if it is missing or damaged."""
+def read_json(path: str | Path, **kinds: type | UnionType) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    kinds: the types of fields that may be there; one that is null counts as one that is not.
+    Raises InputError if the file is missing or damaged, or a field of another type.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}: expected a JSON object")
+    for name, kind in kinds.items():
+        if content.get(name) is None:
+            content.pop(name, None)
+        elif not isinstance(content[name], kind):
+            raise InputError(f"{path} has {name}={content[name]!r}: expected {getattr(kind, '__name__', kind)}")
+    return content
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -67,7 +67,7 @@ def infer(
 
 def _heads(depth: int, hidden_size: int, num_heads: int | None) -> int:
     known = [heads for *size, heads in SIZES.values() if size == [depth, hidden_size]]
-    if not known and num_heads is None:
+    if not known and not num_heads:
         raise InputError(
             f"no preset has depth {depth} and width {hidden_size}, and shapes do not tell the number of heads: "
             "pass --num_heads"

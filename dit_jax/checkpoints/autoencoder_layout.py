@@ -34,6 +34,7 @@ SPELLING_OF_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 # What diffusers takes where its config.json is silent, and what it must not say otherwise.
 DEFAULTS = {"block_out_channels": (64,), "layers_per_block": 1}
 FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+KINDS = {tuple: list, float: int | float}  # as JSON has them
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
@@ -200,14 +201,15 @@ def describe(config: AutoencoderConfig) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The fields of AutoencoderConfig in a config.json. Raises InputError for what we cannot compute."""
-    config = read_json(path)
+    fields = {field.name: type(field.default) for field in dataclasses.fields(AutoencoderConfig)}
+    kinds = {name: KINDS.get(kind, kind) for name, kind in fields.items()}
+    config = read_json(path, **kinds, **dict.fromkeys(BLOCKS, list))
     if config.get("_class_name") != CLASS_NAME:
         raise InputError(f"{path} is of a {config.get('_class_name')}; expected {CLASS_NAME}")
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise InputError(f"{path} has {name}={config[name]!r}; expected {value!r}")
     for name, kind in BLOCKS.items():
-        if odd := set(config.get(name, [])) - {kind}:
-            raise InputError(f"{path} has a {min(odd)} among {name}; expected {kind} only")
-    names = [field.name for field in dataclasses.fields(AutoencoderConfig)]
-    return DEFAULTS | {name: config[name] for name in names if config.get(name) is not None}
+        if odd := [block for block in config.get(name, []) if block != kind]:
+            raise InputError(f"{path} has a {odd[0]} among {name}; expected {kind} only")
+    return DEFAULTS | {name: config[name] for name in fields if name in config}

@@ -32,6 +32,7 @@ MODULES = {
 CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is older, and what the Hub has
 WEIGHTS = "diffusion_pytorch_model"
 FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
+NUMBERS = dict.fromkeys(("num_layers", "num_attention_heads", "sample_size", "num_embeds_ada_norm"), int)
 PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample"}
 
 
@@ -59,7 +60,7 @@ def read_folder(folder: Path) -> Folder:
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (transformer / "config.json").is_file():
         raise InputError(f"{folder} holds no weights: no record.json, checkpoints of a run, or diffusers' config.json")
-    config = read_json(transformer / "config.json")
+    config = read_json(transformer / "config.json", **NUMBERS)
     if config.get("_class_name") not in CLASS_NAMES:
         raise InputError(f"{transformer} holds a {config.get('_class_name')}; expected one of {', '.join(CLASS_NAMES)}")
     for name, value in FIXED.items():
@@ -79,13 +80,13 @@ def read_folder(folder: Path) -> Folder:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     index, schedule = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
-    names = read_json(index).get("id2label", {}) if index.is_file() else {}
+    names = read_json(index, id2label=dict).get("id2label", {}) if index.is_file() else {}
     return Folder(
         state_dict,
         record,
         known,
         _read_process(schedule) if schedule.is_file() else {},
-        [names[str(label)] for label in range(len(names)) if str(label) in names],
+        [str(names[str(label)]) for label in range(len(names)) if str(label) in names],
         folder / "vae" if (folder / "vae").is_dir() else None,
         file,
     )
@@ -120,6 +121,8 @@ def to_official(tensors: dict[str, np.ndarray], depth: int) -> dict[str, np.ndar
     Raises InputError if a name is missing or surplus, or copies differ: the official layout holds one.
     """
     state_dict = {}
+    if not 0 < depth <= len(tensors):
+        raise InputError(f"holds {len(tensors)} tensors, which are not those of {depth} layers")
     for official, theirs in _names(depth):
         if missing := [name for name in theirs if name not in tensors]:
             raise InputError(f"lacks {missing[0]}")
@@ -190,12 +193,15 @@ def _is_copied(theirs: list[str]) -> bool:
 
 def _read_process(path: Path) -> dict[str, Any]:
     """The fields of `config.diffusion` that a scheduler's config tells."""
-    config = read_json(path)
+    betas = {"beta_start": int | float, "beta_end": int | float}
+    config = read_json(path, beta_schedule=str, prediction_type=str, num_train_timesteps=int, **betas)
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", 1000)
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-    if schedule not in ("linear", "squaredcos_cap_v2") or prediction not in predictions:
-        raise InputError(f"{path} has beta_schedule={schedule!r}, prediction_type={prediction!r}: not one of DiT's")
+    if schedule not in ("linear", "squaredcos_cap_v2") or prediction not in predictions or steps < 1:
+        raise InputError(
+            f"{path} has beta_schedule={schedule!r}, prediction_type={prediction!r} and {steps} steps: not one of DiT's"
+        )
     for name, beta in _linear_betas(steps).items():
         if schedule == "linear" and not math.isclose(config.get(name, beta), beta):
             raise InputError(f"{path} has {name}={config[name]} over {steps} steps; a DiT has {beta}")

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from dit_jax import __version__
 from dit_jax.errors import InputError
-from dit_jax.files import digest, make_folder, replacing, write_json
+from dit_jax.files import digest, make_folder, read_json, replacing, write_json
 
 METADATA = "metadata.json"
 DONE = "done"  # folder with a note of every finished shard, while the data set is not complete
@@ -74,16 +74,14 @@ class LatentSource:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """What made a data set of latents. Raises InputError if it is not one, or not complete."""
-    try:
-        metadata = json.loads((folder / METADATA).read_text())
-        if lacking := {"autoencoder", "shape", "class_names", "shards"} - set(metadata):
-            raise ValueError(f"it lacks {min(lacking)}")
-        return metadata
-    except FileNotFoundError as error:
+    if not (folder / METADATA).exists():
         state = "not complete: run dit_jax.encode again" if (folder / DONE).is_dir() else "not a data set of latents"
-        raise InputError(f"{folder} is {state} (it has no {METADATA})") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / METADATA} cannot be read ({error})") from error
+        raise InputError(f"{folder} is {state} (it has no {METADATA})")
+    kinds = {"autoencoder": dict, "shape": list, "dtype": str, "class_names": list, "shards": dict}
+    metadata = read_json(folder / METADATA, **kinds)
+    if lacking := kinds.keys() - metadata.keys():
+        raise InputError(f"{folder / METADATA} lacks {min(lacking)}")
+    return metadata
 
 
 class LatentWriter:
@@ -213,7 +211,7 @@ class LatentWriter:
         if self.is_complete():
             theirs = read_metadata(self.folder)
         elif begun.exists():
-            theirs = json.loads(begun.read_text())
+            theirs = read_json(begun)
         elif found := [entry.name for entry in self.folder.iterdir() if entry.name != DONE and entry.name[0] != "."]:
             raise InputError(f"{self.folder} holds {found[0]}, which is not of a data set of latents: choose another")
         else:

@@ -208,7 +208,8 @@ def test_other_tensors_are_refused_by_name(weights, change, told):
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "a AttnDownEncoderBlock2D among down"),
         ({"layers_per_block": 2}, r"model\.safetensors: the state dict lacks"),
         ({"norm_num_groups": 3}, r"model\.safetensors: block_out_channels"),
-        ({"block_out_channels": "wide"}, r"model\.safetensors: not the fields of an AutoencoderConfig"),
+        ({"block_out_channels": ["wide"]}, r"model\.safetensors: not the fields of an AutoencoderConfig"),
+        ({"block_out_channels": "wide"}, r"config\.json has block_out_channels='wide': expected list"),
     ],
 )
 def test_folders_of_another_network_are_refused(small, fields, told, tmp_path):

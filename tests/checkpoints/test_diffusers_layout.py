@@ -199,6 +199,13 @@ def test_a_missing_and_a_surplus_tensor_are_named(saved):
         ("transformer/config.json", {"activation_fn": "geglu"}, "activation_fn='geglu'"),
         ("transformer/config.json", {"_class_name": "UNet2DModel"}, "holds a UNet2DModel; expected one of DiT"),
         ("transformer/config.json", {"num_layers": 2}, r"holds transformer_blocks\.2.*a DiT of 2 layers"),
+        ("transformer/config.json", {"num_layers": "two"}, r"config\.json has num_layers='two': expected int"),
+        ("transformer/config.json", {"num_layers": 10**12}, "not those of 1000000000000 layers"),
+        ("transformer/config.json", {"num_attention_heads": 0}, "pass --num_heads"),
+        ("transformer/config.json", {"sample_size": None}, "has no 'sample_size'"),
+        ("model_index.json", {"id2label": ["cat"]}, r"id2label=\['cat'\]: expected dict"),
+        ("scheduler/scheduler_config.json", {"beta_end": "0.02"}, r"beta_end='0\.02': expected int \| float"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "and 0 steps: not one of DiT's"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"}, "beta_schedule='scaled_linear'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type='v_prediction'"),
         ("scheduler/scheduler_config.json", {"beta_start": 0.00085}, r"beta_start=0\.00085 over 1000 steps; a DiT has"),
@@ -214,6 +221,8 @@ def test_a_network_or_a_process_that_is_not_dit_s_is_refused(saved, file, fields
 def test_a_damaged_config_is_named(saved, file):
     (saved / file).write_text('{"_class_name": ')
     refuses(saved, f"{file} is not JSON")
+    (saved / file).write_text("[1, 2]")
+    refuses(saved, f"{file} holds a list: expected a JSON object")
 
 
 def test_a_folder_without_weights_says_what_was_expected(tmp_path):
