@@ -62,13 +62,14 @@ def peak_flops(device: jax.Device) -> float | None:
 def prepare(topology: str) -> tuple[str, str]:
     """(chip, platform) of a topology's name. Sets what the compilers read from the environment, so it comes before
     anything touches a device. Raises InputError for a name that means nothing."""
-    found = re.fullmatch(r"(?:\d+\*)?(\w+):(\d+(?:x\d+)*)", topology)
-    chip = found[1] if found else ""
-    if chip not in CHIPS and chip != "cpu":
+    found = re.fullmatch(r"([1-9]\d*\*)?(\w+):([1-9]\d*)((?:x[1-9]\d*)*)", topology)
+    slices, chip, count, shape = found.groups() if found else (None, "", None, None)
+    line = chip in GPUS or chip == "cpu"  # and no grid
+    if (chip not in CHIPS and chip != "cpu") or (line and shape) or (chip == "cpu" and slices):
         raise InputError(f"topology {topology!r}: expected one such as {USAGE}")
     jax.config.update("jax_platforms", "cpu")  # of this process; the compilers need no device
     if chip == "cpu":
-        jax.config.update("jax_num_cpu_devices", int(found[2]))
+        jax.config.update("jax_num_cpu_devices", int(count))
         return chip, "cpu"
     if chip in GPUS:
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -96,6 +97,8 @@ def devices(topology: str) -> list[jax.Device]:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         package = "jax[cuda12]" if chip in GPUS else "jax[tpu]"
         reason = str(error).splitlines()[0][:200]
+        if reason.startswith("INVALID_ARGUMENT"):
+            raise InputError(f"topology {topology!r} ({reason}): expected one such as {USAGE}") from error
         raise InputError(f"no compiler for {topology} here ({reason}): pip install '{package}'") from error
 
 

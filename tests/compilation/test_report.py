@@ -88,7 +88,7 @@ def test_a_chip_too_small_does_not_fit_and_the_estimate_is_bound_by_its_slowest_
     assert "no" in report.table([row]) and report.best([row]) is None
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "h100:2xx4", "cpu"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:0x4", "0*v5e:4x4", "h100:2x2", "cpu", "cpu:0", "2*cpu:4"])
 def test_an_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match="expected one such as"):
         chips.prepare(name)

@@ -1,6 +1,7 @@
 """`dit_jax.compile` as typed: tables, comparisons, JSON, refusals."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,13 @@ def test_a_tpu_that_is_not_here_is_compiled_for_with_its_own_attention_kernel():
     assert "reduce-scatter" in result.stdout and "all-gather" in result.stdout
 
 
+def test_what_slices_exchange_is_told_apart():
+    result = run("--topology=2*v5e:2x2", "--config.mesh.fsdp=4", "--config.batch_size=64")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"slice-to-slice: \d+ times, ", result.stdout)
+    assert re.search(r"estimate: .*\bslices 0\.\d+ s\)", result.stdout)
+
+
 def test_compared_values_have_the_types_of_their_fields():
     config = ConfigDict(dict(steps=1, model=dict(learn_sigma=True, mlp_ratio=4.0, attention="global")))
     now = changed(config, "steps=2,model.learn_sigma=false,model.mlp_ratio=3,model.attention=window:2*2,global*1")
@@ -59,6 +67,7 @@ def test_bad_arguments_are_refused_in_one_line():
     for args, message in (
         (("--topology=v7:2x2",), "expected one such as"),
         (("--topology=cpu:2", "--compare=model.colour=1"), "expected a field of the config"),
+        (("--topology=v5e:3x5",), "not divisible"),
         (("--topology=cpu:2", "--what=encode"), "nothing to encode"),
         (("--topology=cpu:3",), "choose a multiple of 3"),
     ):
