@@ -289,10 +289,11 @@ def test_threads_end_with_the_batches_and_leave_what_they_had_not_begun(ending):
 
 
 CONSUMER = """
-import sys
+import signal, sys
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import open_source
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 with Loader(open_source("synthetic:64"), image_size=64, batch_size=256, seed=0).batches(0) as batches:
     next(batches)
     print("ready", flush=True)
