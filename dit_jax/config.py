@@ -316,31 +316,32 @@ def base_config() -> ConfigDict:
     return c
 
 
-# The least and the most of numbers that would otherwise go wrong in silence, or late.
-RANGES = {
-    "steps": (0, sys.maxsize),
-    "ema_decay": (0, 1),
-    "head_gate_penalty": (0, sys.maxsize),
-    "optimizer.learning_rate": (0, sys.maxsize),
-    "optimizer.warmup_steps": (0, sys.maxsize),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "optimizer.weight_decay": (0, sys.maxsize),
-    "optimizer.clip_norm": (0, sys.maxsize),
-    "log_every": (1, sys.maxsize),
-    "checkpoint.every": (0, sys.maxsize),
-    "checkpoint.keep": (1, sys.maxsize),
-    "checkpoint.keep_every": (0, sys.maxsize),
-    "preview.every": (0, sys.maxsize),
-    "preview.count": (1, sys.maxsize),
-    "eval.every": (0, sys.maxsize),
+# The least of numbers that would otherwise go wrong in silence, or late; and the most, where there is one.
+LEAST = {
+    "steps": 0,
+    "ema_decay": 0,
+    "head_gate_penalty": 0,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.b1": 0,
+    "optimizer.b2": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "log_every": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
+    "preview.every": 0,
+    "preview.count": 1,
+    "eval.every": 0,
 }
+MOST = {"ema_decay": 1, "optimizer.b1": 1, "optimizer.b2": 1}
 
 
 def require_ranges(config: ConfigDict) -> None:
     """Raise InputError for a number of a training config that is out of its range."""
-    for field, (least, most) in RANGES.items():
+    for field, least in LEAST.items():
         value = attrgetter(field)(config)
-        if not least <= value <= most:
-            expected = f"{least} or more" if most == sys.maxsize else f"{least} to {most}"
+        if not least <= value <= MOST.get(field, sys.maxsize):
+            expected = f"{least} to {MOST[field]}" if field in MOST else f"{least} or more"
             raise InputError(f"{field}={value}: expected {expected}")

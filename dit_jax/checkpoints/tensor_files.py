@@ -134,9 +134,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def _parse(record: str | None, path: Path) -> dict:
     try:
-        return json.loads(record or "{}")
+        content = json.loads(record or "{}")
     except ValueError as error:
         raise InputError(f"the metadata {RECORD!r} of {path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"the metadata {RECORD!r} of {path} holds a {type(content).__name__}: expected a JSON object")
+    return content
 
 
 def _some(names: list[str]) -> str:

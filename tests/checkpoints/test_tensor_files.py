@@ -97,10 +97,11 @@ def test_a_pickle_of_something_else_is_one_line(tmp_path, content, told):
     refuses(tmp_path / "weights.pt", told)
 
 
-def test_metadata_that_is_not_json_is_one_line(tmp_path):
+@pytest.mark.parametrize(("record", "told"), [("{", "is not JSON"), ("[]", "holds a list: expected a JSON object")])
+def test_metadata_that_we_did_not_write_is_one_line(tmp_path, record, told):
     tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
-    safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors", metadata={"dit_jax": "{"})
-    refuses(tmp_path / "weights.safetensors", "metadata 'dit_jax' of .* is not JSON")
+    safetensors.torch.save_file(tensors, tmp_path / "weights.safetensors", metadata={"dit_jax": record})
+    refuses(tmp_path / "weights.safetensors", f"metadata 'dit_jax' of .* {told}")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
