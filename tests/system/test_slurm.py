@@ -56,6 +56,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+KillWait=10
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -93,7 +94,7 @@ def cluster():
         finally:
             ask("scancel", f"--user={user}")
             with suppress(AssertionError):
-                wait_until(lambda: not ask("squeue", "--noheader", "--states=RUNNING,COMPLETING"), seconds=10)
+                wait_until(lambda: not ask("squeue", "--noheader", "--states=RUNNING,COMPLETING"))
             for daemon in reversed(daemons):
                 daemon.terminate()
             for daemon in daemons:
@@ -189,13 +190,21 @@ def killed_training(cluster, tmp_path_factory):
     return job
 
 
+def slow(folder: Path, program: str) -> None:
+    """Put a `program` into `folder` that takes a second more to end."""
+    (folder / program).write_text(f'#!/bin/bash\n{shutil.which(program)} "$@"; sleep 1\n')
+    (folder / program).chmod(0o755)
+
+
 def test_a_preempted_job_saves_and_is_put_back(tmp_path):
-    gpus = "--gpus-per-node=2"
-    job = Job(tmp_path / "log", *counting(tmp_path), options=[gpus])
+    slow(tmp_path, "scontrol")  # Slurm's SIGTERM to a job that is put back finds the script still running
+    options = [gpus := "--gpus-per-node=2", f"--export=ALL,PATH={tmp_path}:{os.environ['PATH']}"]
+    job = Job(tmp_path / "log", *counting(tmp_path), options=options)
     wait_until(lambda: job.said("0: from step 0") and job.said("1: from step 0"))
     urgent = ask("sbatch", "--parsable", "--partition=urgent", gpus, "--output=/dev/null", "--wrap=true")
     wait_until(lambda: job.facts()["JobState"] == "PENDING")
     wait_until(lambda: "COMPLETED" in ask("scontrol", "show", "job", urgent))
+    assert job.said("back into the queue") and not job.said("SIGTERM: saving")
     assert job.facts()["Restarts"] == "1"
     assert all(int((tmp_path / f"state{task}").read_text()) > 0 for task in range(2))
 
