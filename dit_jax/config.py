@@ -127,8 +127,8 @@ class DiTConfig:
     def __post_init__(self):
         object.__setattr__(self, "heads_left", tuple(self.heads_left))  # a list where it was read from JSON
         for count in COUNTS:
-            if getattr(self, count) < 1:
-                raise InputError(f"{count}={getattr(self, count)}: expected at least 1")
+            if not 1 <= getattr(self, count) <= 1_000_000:
+                raise InputError(f"{count}={getattr(self, count)}: expected 1 to 1000000")
         if not 1 <= self.mlp_ratio * self.hidden_size < math.inf:
             raise InputError(f"mlp_ratio={self.mlp_ratio}: the MLP's hidden layer is at least 1 wide")
         if self.input_size % self.patch_size:

@@ -7,7 +7,6 @@ FOLDER/
 """
 
 import ctypes
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -22,7 +21,7 @@ from dit_jax.checkpoints.record import Record
 from dit_jax.checkpoints.store import checksum
 from dit_jax.checkpoints.torch_layout import Leaf
 from dit_jax.errors import InputError
-from dit_jax.files import replacing_folder, write_json
+from dit_jax.files import read_json, replacing_folder, write_json
 from dit_jax.models.dit import abstract_dit
 
 RECORD = "record.json"
@@ -46,11 +45,11 @@ def write_folder(folder: Path, record: Record, leaves: Iterable[Leaf], vae: Path
 
 def read_record(folder: Path) -> tuple[Record, dict[str, int]]:
     """The record and the parameters' checksums."""
+    fields = read_json(folder / RECORD, checksums=dict)
     try:
-        fields = json.loads((folder / RECORD).read_text())
-        sums = dict(fields.pop("checksums"))
+        sums = fields.pop("checksums")
         return Record.from_json(fields), sums
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, InputError) as error:
         raise InputError(f"{folder / RECORD} is not a whole record of weights ({error})") from error
 
 

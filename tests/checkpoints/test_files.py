@@ -145,7 +145,7 @@ def test_flipped_bytes_of_an_array_are_noticed_and_the_array_named(arrays):
 )
 def test_a_damaged_record_is_named(arrays, damage):
     (arrays / "record.json").write_text(damage)
-    refuses(r"record\.json is not a whole record of weights", arrays)
+    refuses(r"record\.json (is not JSON|is not a whole record of weights|holds a|has checksums=)", arrays)
 
 
 @pytest.mark.parametrize(
