@@ -14,6 +14,8 @@ gpu=(
     --xla_gpu_enable_pipelined_all_reduce=true
     # Unrolls the loop by two, so that what a pipelined collective hands on is not copied in each iteration.
     --xla_gpu_enable_while_loop_double_buffering=true
+    # Without fsdp: the stacks of what the blocks leave for the backward pass are written whole, so not zeroed first.
+    --xla_gpu_enable_dus_accumulator_zero_init_elimination=true
 )
 
 # Overlap within a slice (asynchronous all-gathers, fused with the computation) is libtpu's default and needs no flag.

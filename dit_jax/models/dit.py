@@ -15,6 +15,7 @@ from dit_jax.models.attention import CrossAttention, SelfAttention
 from dit_jax.models.embedders import ContextEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from dit_jax.models.kernels import KERNELS, kernel_outputs_saveable
 from dit_jax.models.layers import (
+    STATISTICS,
     LearnedNorm,
     Linear,
     Mlp,
@@ -30,8 +31,13 @@ from dit_jax.parallel.sharding import gather_parameters, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, kernel_outputs_saveable
+    "dots": functools.reduce(
+        jax.checkpoint_policies.save_from_both_policies,
+        (
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(STATISTICS),
+            kernel_outputs_saveable,
+        ),
     ),
 }
 
