@@ -47,12 +47,11 @@ class Linear(nnx.Module):
 
 @partial(jax.checkpoint, prevent_cse=False)
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh form of GELU (Hendrycks & Gimpel 2016, sec. 2), float32 within: (1 + tanh u) / 2 is sigmoid(2 u).
+    """The tanh form of GELU (Hendrycks & Gimpel 2016, sec. 2), with (1 + tanh u) / 2 written as sigmoid(2 u).
 
-    As a sigmoid XLA computes its gradient on a GPU in one pass over x, where tanh had another for itself.
+    So XLA computes its gradient on a GPU in one pass over x, where tanh has another for itself.
     """
-    u = x.astype(jnp.float32)
-    return (u * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))).astype(x.dtype)
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
