@@ -237,8 +237,8 @@ def best_kernel(platform: str, tokens: int) -> str:
     """What computes attention best on a platform.
 
     On TPUs XLA's own is as good for few tokens, by the memory traffic of compiled steps: of B at 64 tokens it moves 7.0
-    GB where the kernel, whose blocks are of 128 tokens, moves 7.4; of XL at 256 tokens 30 and 24, of B at 1,024 96
-    and 41.
+    GB where the kernel, whose blocks are of 128 tokens, moves 7.4; of XL at 256 tokens 28 and 20, of B at 1,024 96
+    and 39.
     """
     if platform == "tpu":
         return "flash" if tokens >= 256 else "xla"
