@@ -101,24 +101,31 @@ def digest(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, **kinds: type | UnionType) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    kinds: the types of fields that may be there; one that is null counts as one that is not.
-    Raises InputError if the file is missing or damaged, or a field of another type.
-    """
+    """The object in a JSON file, as `parse_json`. Raises InputError if the file is missing or damaged, too."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return parse_json(content, str(path), **kinds)
+
+
+def parse_json(text: str | bytes, name: str, **kinds: type | UnionType) -> dict[str, Any]:
+    """The object that JSON holds; `name` says where it was found.
+
+    kinds: the types of fields that may be there; one that is null counts as one that is not.
+    Raises InputError if it is no JSON object, or a field is of another type.
+    """
+    try:
+        content = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}: expected a JSON object")
-    for name, kind in kinds.items():
-        if content.get(name) is None:
-            content.pop(name, None)
-        elif not isinstance(content[name], kind):
-            raise InputError(f"{path} has {name}={content[name]!r}: expected {getattr(kind, '__name__', kind)}")
+        raise InputError(f"{name} holds a {type(content).__name__}: expected a JSON object")
+    for field, kind in kinds.items():
+        if content.get(field) is None:
+            content.pop(field, None)
+        elif not isinstance(content[field], kind):
+            raise InputError(f"{name} has {field}={content[field]!r}: expected {getattr(kind, '__name__', kind)}")
     return content
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import InputError
-from dit_jax.files import replacing
+from dit_jax.files import parse_json, replacing
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -92,7 +92,7 @@ def from_torch(state_dict: Any, path: Path) -> tuple[dict[str, np.ndarray], dict
     if odd := [k for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]:
         raise InputError(f"{path} holds {odd[0]!r}, which is not a named tensor; expected a flat state dict")
     tensors = {name: value.detach().float().numpy() for name, value in state_dict.items()}
-    return tensors, _parse(getattr(state_dict, "_metadata", {}).get(RECORD, {}).get("json"), path)
+    return tensors, _record(getattr(state_dict, "_metadata", {}).get(RECORD, {}).get("json"), path)
 
 
 def check_shapes(kind: str, expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
@@ -123,7 +123,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safe_open(path, "np", backend="pread") as file:  # mmap would hold the file in memory a second time
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, _parse((file.metadata() or {}).get(RECORD), path)
+            return tensors, _record((file.metadata() or {}).get(RECORD), path)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except AttributeError as error:  # of NumPy, which has no float8
@@ -132,14 +132,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         raise InputError(f"{path} is not a whole .safetensors file ({_summary(error)})") from error
 
 
-def _parse(record: str | None, path: Path) -> dict:
-    try:
-        content = json.loads(record or "{}")
-    except ValueError as error:
-        raise InputError(f"the metadata {RECORD!r} of {path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"the metadata {RECORD!r} of {path} holds a {type(content).__name__}: expected a JSON object")
-    return content
+def _record(text: str | None, path: Path) -> dict:
+    return parse_json(text or "{}", f"the metadata {RECORD!r} of {path}")
 
 
 def _some(names: list[str]) -> str:

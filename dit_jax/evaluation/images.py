@@ -1,6 +1,5 @@
 """Sets of pictures to evaluate: an .npz, a folder, or a data source; read a part at a time."""
 
-import json
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from dit_jax.data.latents import LatentSource
 from dit_jax.data.sources import IMAGE_SUFFIXES, Source, decode_image
 from dit_jax.data.transforms import to_pixels
 from dit_jax.errors import InputError
-from dit_jax.files import digest, read_json, read_npz
+from dit_jax.files import digest, parse_json, read_json, read_npz
 
 SETTINGS = "settings"  # what dit_jax.sample and --make_reference write beside the pictures, as JSON
 FEWEST = 4  # images that have a third neighbour
@@ -141,10 +140,7 @@ def recorded_settings(path: Path) -> dict[str, Any]:
     """The JSON that lies beside the pictures in an .npz, {} if none."""
     if SETTINGS not in array_names(path):
         return {}
-    try:
-        return json.loads(str(read_npz(path, (SETTINGS,))[SETTINGS]))
-    except ValueError as error:
-        raise InputError(f"the {SETTINGS} in {path} are not JSON: {error}") from error
+    return parse_json(str(read_npz(path, (SETTINGS,))[SETTINGS]), f"the array {SETTINGS} of {path}")
 
 
 def _folder_images(folder: Path, files: Sequence[Path]) -> ReadImages:

@@ -75,6 +75,7 @@ def _norm_forward(
     mean = x32.mean(-1, keepdims=True)
     centred = x32 - mean
     inverse_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    # Kept for the backward pass alone: computing the output again derives its own, and XLA joins that with other work.
     mean, inverse_std = checkpoint_name(mean, STATISTICS), checkpoint_name(inverse_std, STATISTICS)
     return centred * inverse_std * (1 + scale) + shift, (x, scale, mean, inverse_std)
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.models.layers import gelu_tanh, modulated_norm
+from dit_jax.models.dit import REMAT_POLICIES
+from dit_jax.models.layers import STATISTICS, gelu_tanh, modulated_norm
 
 
 def normed(x, shift, scale, eps):
@@ -44,3 +45,11 @@ def test_gelu_and_its_gradient_are_those_of_the_tanh_form():
     slope = (1 + tanh) / 2 + x / 2 * (1 - tanh**2) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
     np.testing.assert_allclose(gelu_tanh(jnp.float32(x)), x * (1 + tanh) / 2, atol=2e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(gelu_tanh))(jnp.float32(x)), slope, atol=2e-6)
+
+
+@pytest.mark.parametrize(("remat", "kept"), [("full", 0), ("dots", 2)])
+def test_dots_keeps_the_statistics_of_a_norm(remat, kept, capsys):
+    x, row = jnp.ones((2, 3, 8)), jnp.ones((2, 1, 8))
+    norm = jax.checkpoint(modulated_norm, policy=REMAT_POLICIES[remat])
+    jax.ad_checkpoint.print_saved_residuals(norm, x, row, row)
+    assert capsys.readouterr().out.count(STATISTICS) == kept

@@ -190,14 +190,10 @@ def killed_training(cluster, tmp_path_factory):
     return job
 
 
-def slow(folder: Path, program: str) -> None:
-    """Put a `program` into `folder` that takes a second more to end."""
-    (folder / program).write_text(f'#!/bin/bash\n{shutil.which(program)} "$@"; sleep 1\n')
-    (folder / program).chmod(0o755)
-
-
 def test_a_preempted_job_saves_and_is_put_back(tmp_path):
-    slow(tmp_path, "scontrol")  # Slurm's SIGTERM to a job that is put back finds the script still running
+    # A slow scontrol, so that Slurm's SIGTERM to a job that is put back finds the script still running.
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\n{shutil.which("scontrol")} "$@"; sleep 1\n')
+    (tmp_path / "scontrol").chmod(0o755)
     options = [gpus := "--gpus-per-node=2", f"--export=ALL,PATH={tmp_path}:{os.environ['PATH']}"]
     job = Job(tmp_path / "log", *counting(tmp_path), options=options)
     wait_until(lambda: job.said("0: from step 0") and job.said("1: from step 0"))
