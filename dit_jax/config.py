@@ -17,8 +17,22 @@ from dit_jax.errors import InputError
 # depth, width, heads (Peebles & Xie 2023, table 1); the number after the slash is the patch size
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESETS = tuple(f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8))
+
+
+class Precision(NamedTuple):
+    """The dtypes of a matrix product."""
+
+    operands: jnp.dtype
+    results: jnp.dtype
+
+
+PRECISIONS = {
+    "float32": Precision(jnp.dtype("float32"), jnp.dtype("float32")),
+    "bfloat16": Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16")),
+    "bfloat16_operands": Precision(jnp.dtype("bfloat16"), jnp.dtype("float32")),
+}
 CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", *PRECISIONS),
     "attention_kernel": ("auto", "xla", "cudnn", "flash"),
     "remat": ("none", "full", "dots"),
     "head_gate": ("none", "token", "condition"),
@@ -116,7 +130,8 @@ class DiTConfig:
     context_tokens: int = 0
     """Tokens of that sequence, at most; 0 for none."""
     dtype: str = "auto"
-    """Of matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU)."""
+    """Of matrix products: float32, bfloat16, bfloat16_operands (returned as float32: fast on CPUs with AMX), or auto
+    (bfloat16 on TPU and GPU, float32 on CPU)."""
     attention_kernel: str = "auto"
     """What computes attention: xla, cudnn (NVIDIA), flash (TPU), or auto, which is the best where it runs."""
     remat: str = "none"
@@ -226,11 +241,16 @@ class DiTConfig:
         return best_kernel(jax.default_backend(), self.tokens)
 
     @property
-    def compute_dtype(self) -> jnp.dtype:
-        """The dtype of matrix products, `auto` resolved for the default backend."""
+    def products(self) -> str:
+        """The `dtype` of matrix products, `auto` resolved for the default backend."""
         if self.dtype == "auto":
-            return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        return jnp.dtype(self.dtype)
+            return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return self.dtype
+
+    @property
+    def precision(self) -> Precision:
+        """The same, as the dtypes of what goes into a product and of what comes out."""
+        return PRECISIONS[self.products]
 
 
 def best_kernel(platform: str, tokens: int) -> str:

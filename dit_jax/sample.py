@@ -157,7 +157,7 @@ def provenance(weights, codec, settings: dict, count: int) -> dict:
         "seed": SEED.value,
         **settings,
         "diffusion": record.diffusion,
-        "dtype": str(record.model.compute_dtype),
+        "dtype": record.model.products,
         "attention": record.model.attention,
         "attention_kernel": record.model.kernel,
         "matmul_precision": jax.config.jax_default_matmul_precision,

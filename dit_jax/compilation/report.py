@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -99,10 +98,10 @@ def minimum_sent(config: ConfigDict, mesh: Mesh) -> dict[str, float]:
         if name.startswith("blocks/adaLN"):
             staying += 4 * leaf.size
         else:
-            size = jnp.dtype(model.compute_dtype).itemsize if name.startswith("blocks/") else 4
+            size = model.precision.results.itemsize if name.startswith("blocks/") else 4
             gathered += size * leaf.size / tensor
     tokens = model.tokens * config.batch_size / (data * fsdp)
-    activations = tokens * model.hidden_size * jnp.dtype(model.compute_dtype).itemsize
+    activations = tokens * model.hidden_size * model.precision.results.itemsize
     return {
         "all-gather": (1 if model.remat == "none" else 2) * gathered * (fsdp - 1) / fsdp,
         "reduce-scatter": gathered * (fsdp - 1) / fsdp,

@@ -43,8 +43,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.num_heads * config.head_width
-        self.qkv = Linear(width, 3 * inner, dtype=config.compute_dtype, rngs=rngs)
-        self.proj = Linear(inner, width, dtype=config.compute_dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * inner, precision=config.precision, rngs=rngs)
+        self.proj = Linear(inner, width, precision=config.precision, rngs=rngs)
         self.head_dim = config.head_width
         self.q_norm = RMSNorm(config.head_width, rngs=rngs) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_width, rngs=rngs) if config.qk_norm else None
@@ -61,15 +61,17 @@ class SelfAttention(nnx.Module):
         return self.proj(gated(heads, gates)), gates
 
     def prepared(self, qkv: jax.Array) -> jax.Array:
-        """qkv (B, N, 3 H d) with its queries and keys normalised and rotated, if the config says so."""
+        """qkv (B, N, 3 H d) as attention multiplies it: with its queries and keys normalised and rotated, if the
+        config says so."""
+        operands = self.qkv.precision.operands
         if self.q_norm is None and not self.rope:
-            return qkv
+            return qkv.astype(operands)
         q, k, v = (qkv.reshape(*qkv.shape[:2], -1, 3, self.head_dim)[..., part, :] for part in range(3))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             q, k = rotated(q), rotated(k)
-        return jnp.stack([q.astype(v.dtype), k.astype(v.dtype), v], axis=3).reshape(qkv.shape)
+        return jnp.stack([part.astype(operands) for part in (q, k, v)], axis=3).reshape(qkv.shape)
 
 
 class HeadGate(nnx.Module):
@@ -100,16 +102,22 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.num_heads * config.head_width
-        self.q = Linear(width, inner, dtype=config.compute_dtype, rngs=rngs)
-        self.kv = Linear(width, 2 * inner, dtype=config.compute_dtype, rngs=rngs)
-        self.proj = Linear(inner, width, dtype=config.compute_dtype, kernel_init=zeros, rngs=rngs)
+        self.q = Linear(width, inner, precision=config.precision, rngs=rngs)
+        self.kv = Linear(width, 2 * inner, precision=config.precision, rngs=rngs)
+        self.proj = Linear(inner, width, precision=config.precision, kernel_init=zeros, rngs=rngs)
         self.head_dim = config.head_width
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array) -> jax.Array:
         """x: (B, N, D) patches, context: (B, L, D) tokens, mask: (B, L) bool, True where there is one -> (B, N, D)."""
         B, N, _ = x.shape
-        q = self.q(x).reshape(B, N, -1, self.head_dim).swapaxes(1, 2)
-        k, v = self.kv(context).reshape(B, context.shape[1], -1, 2, self.head_dim).transpose(3, 0, 2, 1, 4)
+        operands = self.q.precision.operands
+        q = self.q(x).astype(operands).reshape(B, N, -1, self.head_dim).swapaxes(1, 2)
+        k, v = (
+            self.kv(context)
+            .astype(operands)
+            .reshape(B, context.shape[1], -1, 2, self.head_dim)
+            .transpose(3, 0, 2, 1, 4)
+        )
         heads = dot_product_attention(q, k, v, mask[:, None, None, :])
         out = self.proj(heads.swapaxes(1, 2).reshape(B, N, -1))
         return jnp.where(mask.any(axis=1)[:, None, None], out, 0)

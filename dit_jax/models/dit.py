@@ -59,7 +59,7 @@ class DiT(nnx.Module):
     Module names are those of the PyTorch state dict. The parameters of the blocks are stacked on a leading depth
     axis and run by one scan, or one for each kind of attention and number of heads; what a block with fewer heads than
     another has no use for is there, and 0 where it is multiplied. Parameters are float32; matrix products run in
-    `config.compute_dtype`; normalisation, softmax, timestep embedding and modulation in float32. The output is exactly
+    `config.precision`; normalisation, softmax, timestep embedding and modulation in float32. The output is exactly
     0 at initialisation.
     """
 
@@ -223,7 +223,7 @@ class DiTBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.attn = SelfAttention(config, rngs=rngs)
         width = config.hidden_size
-        self.mlp = Mlp(width, config.mlp_width, width, activation=gelu_tanh, dtype=config.compute_dtype, rngs=rngs)
+        self.mlp = Mlp(width, config.mlp_width, width, activation=gelu_tanh, precision=config.precision, rngs=rngs)
         self.norm2_eps = config.norm2_eps
         chunks = {"adaLN-Zero": 6, "adaLN": 4}.get(config.block)
         self.adaLN_modulation = Modulation(width, chunks, rngs=rngs) if chunks else None

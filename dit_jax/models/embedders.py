@@ -18,7 +18,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         features = config.patch_size**2 * config.in_channels
-        self.proj = Linear(features, config.hidden_size, dtype=config.compute_dtype, rngs=rngs)
+        self.proj = Linear(features, config.hidden_size, precision=config.precision, rngs=rngs)
         self.patch_size = config.patch_size
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from dit_jax.models.flash import OUTPUT, flash_attention
+from dit_jax.models.products import matmul, sum_over_rows
 
 
 def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
@@ -59,21 +60,21 @@ def _forward(
     exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     norm = 1.0 / exponentials.sum(axis=-1, keepdims=True)
     exponentials = exponentials.astype(v.dtype)
-    out = jnp.einsum("...nm,...md->...nd", exponentials, v, preferred_element_type=jnp.float32)
-    out = (out * norm).astype(v.dtype)
+    out = (matmul(exponentials, v) * norm).astype(v.dtype)
     return out, (q, k, v, exponentials, norm, out)
 
 
 def _backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, exponentials, norm, out = kept
-    d_out = (d_out * norm).astype(v.dtype)
-    d_v = jnp.einsum("...nm,...nd->...md", exponentials, d_out)
-    d_weights = jnp.einsum("...nd,...md->...nm", d_out, v, preferred_element_type=jnp.float32)
+    d_out = d_out * norm
     # The sum over a row of weights * d_weights, without another pass over the rows.
-    through_norm = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+    through_norm = jnp.sum(d_out * out, axis=-1, keepdims=True)
+    d_out = d_out.astype(v.dtype)
+    d_v = sum_over_rows(exponentials, d_out).astype(v.dtype)
+    d_weights = jnp.einsum("...nd,...md->...nm", d_out, v, preferred_element_type=jnp.float32)
     d_scores = (exponentials * (d_weights - through_norm)).astype(q.dtype)
-    d_q = jnp.einsum("...nm,...md->...nd", d_scores, k) * q.shape[-1] ** -0.5
-    return d_q, jnp.einsum("...nm,...nd->...md", d_scores, q), d_v, None
+    d_q = matmul(d_scores, k) * q.shape[-1] ** -0.5
+    return d_q.astype(q.dtype), sum_over_rows(d_scores, q).astype(k.dtype), d_v, None
 
 
 dot_product_attention.defvjp(_forward, _backward)

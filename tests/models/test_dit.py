@@ -157,9 +157,10 @@ def test_depth_is_one_scan(inputs):
     assert len(program(5).eqns) == len(program(2).eqns)
 
 
-def test_bfloat16_is_for_matrix_products_only(inputs):
+@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16_operands"])
+def test_bfloat16_is_for_matrix_products_only(dtype, inputs):
     x, t, y, _ = inputs
-    model = seeded_dit(dataclasses.replace(TINY, dtype="bfloat16"))
+    model = seeded_dit(dataclasses.replace(TINY, dtype=dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
     program = str(jax.make_jaxpr(model)(x, t, y))
     for operation in (" exp ", "rsqrt", " cos ", " sin "):

@@ -99,6 +99,15 @@ def test_every_mesh_gives_the_losses_of_one_device(shape, on_one_device):
     np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_operands_of_bfloat16_train_almost_as_float32(shape, on_one_device):
+    config = tiny_config(mesh=dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    config.model.dtype = "bfloat16_operands"
+    losses, _ = run(config, devices=np.prod(shape))
+    assert losses != on_one_device[0]
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-2)
+
+
 def test_fully_sharded_means_that_no_device_holds_more_than_a_sixth():
     _, state = run(tiny_config(mesh={"data": 1, "fsdp": 8, "tensor": 1}), devices=8, steps=1)
     for tree in (state.params, state.ema, state.opt_state):
