@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from dit_jax.files import replacing
+from dit_jax.files import parse_json, replacing
 from dit_jax.parallel.processes import is_first
 
 
@@ -155,8 +155,14 @@ class TrainingLog:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the whole lines of `metrics.jsonl` up to `step`; a kill may have cut the last one."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    """Keep the whole lines of `metrics.jsonl` up to `step`; a kill may have cut the last one.
+
+    Raises InputError, and leaves the file as it is, where a line is not of ours.
+    """
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    steps = [parse_json(line, f"line {n} of {path}", step=int).get("step", 0) for n, line in enumerate(lines, start=1)]
+    kept = [line for line, its_step in zip(lines, steps, strict=True) if its_step <= step]
     with replacing(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept))

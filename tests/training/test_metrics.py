@@ -1,0 +1,33 @@
+"""What a run that goes on does with the `metrics.jsonl` that it finds."""
+
+import json
+
+import pytest
+
+from dit_jax.errors import InputError
+from dit_jax.training.metrics import TrainingLog
+
+
+def open_log(workdir, first_step):
+    sizes = {"log_every": 1, "batch_size": 1, "flops_per_image": 1, "peak_flops": None}
+    return TrainingLog(workdir, first_step=first_step, last_step=9, **sizes)
+
+
+def lines_of(*steps):
+    return "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
+
+
+def test_lines_after_the_step_and_one_that_a_kill_cut_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines_of(1, 2, 3) + '{"step": 4, "lo')
+    open_log(tmp_path, first_step=2)
+    assert file.read_text() == lines_of(1, 2)
+
+
+@pytest.mark.parametrize("line", ["garbage}", "[1]", '{"step": "two"}', "", "\0\0"])
+def test_a_line_of_another_hand_is_named_and_the_file_left(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(before := lines_of(1) + line + "\n" + lines_of(3))
+    with pytest.raises(InputError, match=f"line 2 of {file} "):
+        open_log(tmp_path, first_step=9)
+    assert file.read_text() == before
