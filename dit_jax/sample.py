@@ -39,6 +39,7 @@ INTERVAL = flags.DEFINE_list(
     "guidance_interval", None, "LOW,HIGH: noise levels that are guided, sqrt(1 / abar - 1); empty: all."
 )
 ATTENTION = flags.DEFINE_string("attention", None, "Another schedule of attention, as config.model.attention.")
+DTYPE = flags.DEFINE_string("dtype", None, "Of matrix products, as config.model.dtype.")
 CLIP = flags.DEFINE_bool("clip_denoised", None, "Keep predictions within [-1, 1]; for pixels, not for latents.")
 flags.adopt_module_key_flags(processes)
 
@@ -58,7 +59,8 @@ def main() -> None:
     mesh = make_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())
     replicated = lambda shapes: jax.tree.map(lambda _: everywhere, shapes)  # noqa: E731
-    weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated).with_attention(ATTENTION.value)
+    weights = open_weights(WEIGHTS.value, None if EMA.value else "model", replicated)
+    weights = weights.with_model(attention=ATTENTION.value, dtype=DTYPE.value)
     record, codec = weights.record, choose_codec(AUTOENCODER.value, weights)
     words = open_context(record.context, record.class_names, record.model)
     if PROMPTS.value is not None:

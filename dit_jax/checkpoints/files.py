@@ -49,11 +49,10 @@ class Weights(NamedTuple):
         kind = {"ema": ", averaged weights", "model": ", raw weights", None: ""}[self.record.weights]
         return f"{self.path}{kind}" + ("" if self.record.step is None else f" at step {self.record.step}")
 
-    def with_attention(self, schedule: str | None) -> "Weights":
-        """The same weights in a network with another schedule of attention, if one is given."""
-        if schedule is None:
-            return self
-        model = dataclasses.replace(self.record.model, attention=schedule)
+    def with_model(self, **fields: str | None) -> "Weights":
+        """The same weights in a network of which these fields differ; one that is None stays as it is."""
+        given = {field: value for field, value in fields.items() if value is not None}
+        model = dataclasses.replace(self.record.model, **given)
         return self._replace(record=dataclasses.replace(self.record, model=model))
 
     def params(self, shardings: Shardings | None = None) -> dict:
@@ -66,20 +65,23 @@ class Weights(NamedTuple):
         return unflatten_dict({path: put(path, leaf) for path, leaf in self.leaves}, sep="/")
 
 
-def load_dit(path: str | Path, weights: str | None = None, attention: str | None = None, **known: int) -> DiT:
+def load_dit(
+    path: str | Path, weights: str | None = None, attention: str | None = None, dtype: str | None = None, **known: int
+) -> DiT:
     """The model in a .pt or .safetensors file, a folder of diffusers or of `save_dit`, or a training run.
 
     Args:
         path: the file or folder, or a name that `dit_jax.download` has fetched.
         weights: "ema" or "model", of what holds both, such as a run; default: "ema".
         attention: another schedule than it was trained with (`DiTConfig.attention`); any takes the same weights.
+        dtype: another than is on record, of matrix products (`DiTConfig.dtype`).
         known: num_heads, num_classes, input_size, where the file does not tell (`architecture.infer`).
 
     Raises InputError if there is no such thing, it is damaged, or it is not a DiT.
     """
     opened = open_weights(path, weights, **known)
     require(opened, known)
-    graph, _ = abstract_dit(opened.with_attention(attention).record.model)
+    graph, _ = abstract_dit(opened.with_model(attention=attention, dtype=dtype).record.model)
     return nnx.merge(graph, opened.params())
 
 

@@ -1,5 +1,6 @@
 """Photographs to latents to a trained model to pictures, by commands; killed, restarted, and shared by processes."""
 
+import json
 import os
 import random
 import re
@@ -199,6 +200,14 @@ def test_a_moved_autoencoder_is_told_and_can_be_given(trained, pictures):
         moved.replace(there)
     np.testing.assert_array_equal(read_npz(trained / "given.npz", ("arr_0",))["arr_0"], pictures)
     assert not (trained / "none.npz").exists()
+
+
+def test_pictures_of_another_dtype_of_products_are_almost_the_same_and_say_so(trained, pictures):
+    succeeds(*sample(trained, "mixed.npz", "--count=4", "--dtype=bfloat16_operands"))
+    mixed = read_npz(trained / "mixed.npz", ("arr_0", "settings"))
+    assert np.abs(mixed["arr_0"].astype(int) - pictures).mean() < 3
+    assert json.loads(str(mixed["settings"]))["dtype"] == "bfloat16_operands"
+    refuses("dtype='float16': expected auto, float32, ", *sample(trained, "none.npz", "--dtype=float16"))
 
 
 def test_encode_refuses(tmp_path, inputs, trained):

@@ -127,6 +127,12 @@ def test_a_trained_model_goes_into_any_schedule_of_attention(weights, capsys):
         load_dit(weights[0] / "orbax", attention="window:2*3")
 
 
+def test_weights_go_into_products_of_any_dtype(weights):
+    x, t, y = np.random.default_rng(0).standard_normal((2, 8, 8, 4), dtype=np.float32), np.array([3, 800]), np.arange(2)
+    mixed, plain = (load_dit(weights[0] / "orbax", dtype=dtype)(x, t, y) for dtype in ("bfloat16_operands", None))
+    assert 0 < np.abs(mixed - plain).max() < 3e-2 * np.abs(plain).max()
+
+
 def test_a_model_that_has_a_context_keeps_it(tmp_path):
     told = DiTConfig(**a_config(**CONTEXT).model)
     save_dit(seeded_dit(told), tmp_path / "told.safetensors")
