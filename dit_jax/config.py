@@ -243,14 +243,17 @@ class DiTConfig:
     @property
     def products(self) -> str:
         """The `dtype` of matrix products, `auto` resolved for the default backend."""
-        if self.dtype == "auto":
-            return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return self.dtype
+        return best_dtype(jax.default_backend()) if self.dtype == "auto" else self.dtype
 
     @property
     def precision(self) -> Precision:
         """The same, as the dtypes of what goes into a product and of what comes out."""
         return PRECISIONS[self.products]
+
+
+def best_dtype(platform: str) -> str:
+    """Of matrix products: what a platform multiplies fast; float32 on CPUs, of which few multiply bfloat16."""
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def best_kernel(platform: str, tokens: int) -> str:

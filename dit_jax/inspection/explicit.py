@@ -10,6 +10,7 @@ import numpy as np
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import DiT
 from dit_jax.models.local_attention import allowed
+from dit_jax.models.products import matmul, times_transpose
 from dit_jax.models.runs import runs
 
 
@@ -70,14 +71,13 @@ def split_heads(qkv: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array, ja
 
 def attention_weights(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
     """q: (B, H, n, d), k: (B, H, N, d), seen: (2, n, N) by the parity of the head -> (B, H, n, N) float32."""
-    scores = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    scores = times_transpose(q * q.shape[-1] ** -0.5, k)
     return jax.nn.softmax(jnp.where(by_head(seen, q.shape[1]), scores, -1e30))
 
 
 def weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
     """weights: (B, H, n, N), v: (B, H, N, d) -> (B, H, n, d) in the dtype of v."""
-    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.astype(v.dtype)
+    return matmul(weights.astype(v.dtype), v).astype(v.dtype)
 
 
 def join_heads(heads: jax.Array) -> jax.Array:

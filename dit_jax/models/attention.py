@@ -110,14 +110,9 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array) -> jax.Array:
         """x: (B, N, D) patches, context: (B, L, D) tokens, mask: (B, L) bool, True where there is one -> (B, N, D)."""
         B, N, _ = x.shape
-        operands = self.q.precision.operands
-        q = self.q(x).astype(operands).reshape(B, N, -1, self.head_dim).swapaxes(1, 2)
-        k, v = (
-            self.kv(context)
-            .astype(operands)
-            .reshape(B, context.shape[1], -1, 2, self.head_dim)
-            .transpose(3, 0, 2, 1, 4)
-        )
+        q, kv = (linear(of).astype(linear.precision.operands) for linear, of in ((self.q, x), (self.kv, context)))
+        q = q.reshape(B, N, -1, self.head_dim).swapaxes(1, 2)
+        k, v = kv.reshape(B, context.shape[1], -1, 2, self.head_dim).transpose(3, 0, 2, 1, 4)
         heads = dot_product_attention(q, k, v, mask[:, None, None, :])
         out = self.proj(heads.swapaxes(1, 2).reshape(B, N, -1))
         return jnp.where(mask.any(axis=1)[:, None, None], out, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from dit_jax.models.flash import OUTPUT, flash_attention
-from dit_jax.models.products import matmul, sum_over_rows
+from dit_jax.models.products import matmul, sum_over_rows, times_transpose
 
 
 def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
@@ -54,7 +54,7 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     q = q * q.shape[-1] ** -0.5
-    scores = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
+    scores = times_transpose(q, k)
     if mask is not None:
         scores = jnp.where(mask, scores, -1e30)
     exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -71,8 +71,7 @@ def _backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array 
     through_norm = jnp.sum(d_out * out, axis=-1, keepdims=True)
     d_out = d_out.astype(v.dtype)
     d_v = sum_over_rows(exponentials, d_out).astype(v.dtype)
-    d_weights = jnp.einsum("...nd,...md->...nm", d_out, v, preferred_element_type=jnp.float32)
-    d_scores = (exponentials * (d_weights - through_norm)).astype(q.dtype)
+    d_scores = (exponentials * (times_transpose(d_out, v) - through_norm)).astype(q.dtype)
     d_q = matmul(d_scores, k) * q.shape[-1] ** -0.5
     return d_q.astype(q.dtype), sum_over_rows(d_scores, q).astype(k.dtype), d_v, None
 

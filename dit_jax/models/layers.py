@@ -1,4 +1,4 @@
-"""Layers that DiT's modules share: Linear, LayerNorm, modulation. The precision policy is applied here."""
+"""Layers that DiT's modules share: Linear, LayerNorm, modulation."""
 
 import math
 from collections.abc import Callable

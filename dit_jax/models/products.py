@@ -1,4 +1,4 @@
-"""Matrix products of the precision policy, and the form in which a CPU computes those of bfloat16 fast.
+"""The precision policy's matrix products, and the forms in which a CPU computes those of bfloat16 fast.
 
 XLA multiplies bfloat16 by a CPU's own instructions (Intel's AMX) where the product is float32 and sums over the last
 axis of its left operand. All others it turns into products of float32.
@@ -36,8 +36,7 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, ...]:
     x, kernel = kept
     d_out = d_out.astype(jnp.bfloat16)
-    d_x = jnp.einsum("nm,dm->nd", d_out, kernel, preferred_element_type=jnp.float32)
-    return d_x, sum_over_rows(x, d_out)
+    return times_transpose(d_out, kernel), sum_over_rows(x, d_out)
 
 
 _product_of_bfloat16.defvjp(_forward, _backward)
@@ -46,6 +45,11 @@ _product_of_bfloat16.defvjp(_forward, _backward)
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """a: (..., n, k), b: (..., k, m) -> (..., n, m) float32."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def times_transpose(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a: (..., n, k), b: (..., m, k) -> a times b's transpose, (..., n, m) float32."""
+    return jnp.einsum("...nk,...mk->...nm", a, b, preferred_element_type=jnp.float32)
 
 
 def sum_over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
