@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dit_jax.checkpoints.pace import Pace, PacedArrays
 from dit_jax.errors import InputError
 from dit_jax.files import require_renaming
 from dit_jax.parallel import processes
@@ -65,11 +66,11 @@ class CheckpointStore:
         registry = ocp.DefaultCheckpointHandlerRegistry()
         # Processes that hold copies of an array share its writing, each a slice: of small ones that costs more, a
         # program compiled for each slice, than it saves.
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+        self._arrays = PacedArrays(min_slice_bytes_for_replica_parallel=2**20)
         handler = ocp.PyTreeCheckpointHandler(
             # Compression makes weights 8% smaller, and takes four times the processor that writing them does.
             use_compression=False,
-            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, self._arrays)),
         )
         registry.add(None, ocp.args.PyTreeSave, handler)
         self._manager = _Manager(self.folder, options=options, handler_registry=registry)
@@ -81,12 +82,14 @@ class CheckpointStore:
 
         copy_to: "device" or "pinned_host" (JAX's names of memory). Then return as soon as the devices have been told to
         copy the arrays, which lie on a mesh and may then change, into that memory, and write the copies; it waits for
-        the checkpoint before, and for nothing else.
+        the checkpoint before, and for nothing else. On CPUs, which train meanwhile, writing takes a tenth of one of
+        them, until somebody waits for it.
         """
         self.wait()
         written = trees if copy_to is None else copied(trees, copy_to)
         on_devices = trees if copy_to == "pinned_host" else written  # what they can take the sums of
         sums = {name: checksum(tree) for name, tree in on_devices.items()}
+        self._arrays.pace = Pace() if jax.default_backend() == "cpu" else None
         self._saving = self._thread.submit(self._save, step, written, sums, deepcopy(record))
         if copy_to is None:
             self.wait()
@@ -162,6 +165,8 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Block until the last save is on disk. Raises InputError if it could not be written."""
+        if self._arrays.pace:
+            self._arrays.pace.hurry.set()
         self._saving.result()
 
     def close(self) -> None:

@@ -1,0 +1,59 @@
+"""A checkpoint's writing, held back where the processors that do it are those that train."""
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+import orbax.checkpoint as ocp
+
+REST = 12  # times as long as the writing before it took
+PREPARATIONS = 1.0  # seconds that nothing is written, while Orbax makes its folders and opens the arrays
+
+
+class PacedArrays(ocp.type_handlers.ArrayHandler):
+    """Orbax's, which writes all arrays at once, but for the pace that the next save is to keep, if any."""
+
+    pace: "Pace | None" = None
+
+    async def serialize(
+        self,
+        values: Sequence[jax.Array],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        if self.pace:
+            for info in infos:
+                info.byte_limiter = self.pace
+        return await super().serialize(values, infos, args)
+
+
+class Pace:
+    """One array, or a device's part of one, is written at a time, with rests before and between, until `hurry` is set.
+
+    To Orbax it is the limit on bytes in flight, which it asks from several threads.
+    """
+
+    def __init__(self):
+        self.hurry = threading.Event()
+        self._lock, self._began, self._next = threading.Lock(), 0.0, 0.0
+
+    async def wait_for_bytes(self, requested_bytes: int) -> None:
+        while not self.hurry.is_set() and (seconds := self._until_my_turn()):
+            await asyncio.to_thread(self.hurry.wait, seconds)
+
+    async def release_bytes(self, requested_bytes: int) -> None:
+        now = time.monotonic()
+        self._next = now + REST * (now - self._began)
+
+    def _until_my_turn(self) -> float:
+        """Seconds after which to ask again; with 0 it is the caller's turn."""
+        with self._lock:
+            now = time.monotonic()
+            self._next = self._next or now + PREPARATIONS
+            if now < self._next:
+                return min(self._next - now, 0.1)
+            self._began, self._next = now, math.inf  # until it is written
+            return 0
