@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import orbax.checkpoint as ocp
 
-REST = 12  # times as long as the writing before it took
+REST = 19  # times as long as the writing before it took
 PREPARATIONS = 1.0  # seconds that nothing is written, while Orbax makes its folders and opens the arrays
 
 

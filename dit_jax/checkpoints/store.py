@@ -82,8 +82,8 @@ class CheckpointStore:
 
         copy_to: "device" or "pinned_host" (JAX's names of memory). Then return as soon as the devices have been told to
         copy the arrays, which lie on a mesh and may then change, into that memory, and write the copies; it waits for
-        the checkpoint before, and for nothing else. On CPUs, which train meanwhile, writing takes a tenth of one of
-        them, until somebody waits for it.
+        the checkpoint before, and for nothing else. On CPUs, which train meanwhile, writing takes a twentieth of one
+        of them, until somebody waits for it.
         """
         self.wait()
         written = trees if copy_to is None else copied(trees, copy_to)
