@@ -151,7 +151,7 @@ class DiT(nnx.Module):
     def modulations(self, c: jax.Array) -> tuple[jax.Array, ...]:
         """c: (B, D) -> what `DiTBlock.modulation` makes of it for each block, stacked on the depth axis."""
         # The condition once for each block: without it XLA's CPU compiler transposes all weights of the product.
-        conditions = jnp.broadcast_to(c, (self.config.depth, *c.shape))
+        conditions = jnp.broadcast_to(Modulation.activated(c), (self.config.depth, *c.shape))
         return jax.vmap(lambda block, c: block.modulation(c))(self.blocks, conditions)
 
     def run_blocks(
@@ -233,7 +233,8 @@ class DiTBlock(nnx.Module):
         self.cross_attn = CrossAttention(config, rngs=rngs) if crossed else None
 
     def modulation(self, c: jax.Array) -> tuple[jax.Array, ...]:
-        """c: (B, D) -> shift, scale and gate of attention and MLP, six arrays that go with (B, N, D); float32."""
+        """c: (B, D) as `Modulation.activated` leaves it -> shift, scale and gate of attention and MLP, six arrays that
+        go with (B, N, D); float32."""
         adaptive = self.adaLN_modulation is not None
         parts = self.adaLN_modulation(c) if adaptive else (*self.norm1(), *self.norm2())
         if len(parts) == 6:
@@ -279,5 +280,5 @@ class FinalLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """x: (B, N, D), c: (B, D) -> (B, N, p * p * C_out) float32."""
-        shift, scale = self.norm() if self.adaLN_modulation is None else self.adaLN_modulation(c)
+        shift, scale = self.norm() if self.adaLN_modulation is None else self.adaLN_modulation(Modulation.activated(c))
         return self.linear(modulated_norm(x, shift, scale))

@@ -124,16 +124,21 @@ class LearnedNorm(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """SiLU and Linear from the condition to `chunks` vectors of the hidden width, zero at initialisation."""
+    """Linear map from the activated condition to `chunks` vectors of the hidden width, zero at initialisation."""
 
     def __init__(self, hidden_size: int, chunks: int, *, rngs: nnx.Rngs):
         self.linear = Linear(hidden_size, chunks * hidden_size, kernel_init=zeros, rngs=rngs)
         self.chunks = chunks
 
+    @staticmethod
+    def activated(c: jax.Array) -> jax.Array:
+        """c: (B, D) float32 condition -> its SiLU, the same for all blocks, brought together over fsdp: it is small,
+        and the weights that it meets are a third of DiT's and stay where they are."""
+        return gather_batch(nnx.silu(c))
+
     def __call__(self, c: jax.Array) -> tuple[jax.Array, ...]:
-        """c: (B, D) float32 -> `chunks` arrays (B, 1, D) float32."""
-        # The condition is small and the weights are a third of DiT's: they stay where they are, and it goes around.
-        values = shard_batch(shard_features(self.linear(gather_batch(nnx.silu(c)))))
+        """c: (B, D) as `activated` leaves it -> `chunks` arrays (B, 1, D) float32."""
+        values = shard_batch(shard_features(self.linear(c)))
         return tuple(jnp.split(values[:, None, :], self.chunks, axis=-1))
 
 

@@ -15,7 +15,7 @@ from dit_jax.inspection.explicit import Inputs, seen_keys
 from dit_jax.inspection.observe import observe
 from dit_jax.inspection.statistics import FEW
 from dit_jax.models.kernels import xla_attention
-from dit_jax.models.layers import modulated_norm
+from dit_jax.models.layers import Modulation, modulated_norm
 from dit_jax.models.local_attention import allowed
 
 VARIANTS = {
@@ -68,7 +68,7 @@ def test_weights_are_the_softmax_of_the_first_blocks_queries_and_keys():
     model, inputs, _, seen = all_seen("plain")
     tokens, conditions = model.embed(*inputs)
     block = jax.tree.map(lambda leaf: leaf[0], model.blocks)
-    shift, scale, *_ = block.modulation(conditions.c)
+    shift, scale, *_ = block.modulation(Modulation.activated(conditions.c))
     qkv = np.asarray(block.attn.qkv(modulated_norm(tokens, shift, scale)), np.float64)
     d = model.config.head_width
     for image in range(2):
@@ -142,7 +142,7 @@ def test_branches_are_measured_before_and_after_their_gates():
     model, inputs, _, seen = all_seen("plain")
     tokens, conditions = model.embed(*inputs)
     block = jax.tree.map(lambda leaf: leaf[0], model.blocks)
-    modulation = block.modulation(conditions.c)
+    modulation = block.modulation(Modulation.activated(conditions.c))
     qkv_norm = modulated_norm(tokens, *modulation[:2])
     branch, _ = block.attn(qkv_norm, conditions.c, xla_attention)
     norm = lambda a: np.linalg.norm(np.asarray(a).reshape(2, -1), axis=1)  # noqa: E731

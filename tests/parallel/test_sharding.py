@@ -4,6 +4,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -102,3 +103,17 @@ def test_a_scan_keeps_no_copies_of_weights_that_are_whole(sizes, copies):
         _, pullback = jax.vjp(forward, kernels)
         kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == kernels["mlp/fc1/kernel"].shape]
     assert sum(leaf is not kernels["mlp/fc1/kernel"] for leaf in kept) == copies
+
+
+def test_the_condition_is_brought_together_once_for_all_blocks():
+    """Brought together in each block, its gradient would be summed over the devices for each block too."""
+    config = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=5)
+    graph, params = abstract_dit(config)
+
+    def modulations(params: dict, c: jax.Array) -> tuple[jax.Array, ...]:
+        return nnx.merge(graph, params).modulations(c)
+
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": 8})):
+        text = str(jax.make_jaxpr(modulations)(params, jax.ShapeDtypeStruct((16, 32), jnp.float32)))
+    constrained = re.findall(r"f32\[([\d,]+)\]\S* = sharding_constraint", text)
+    assert "16,32" in constrained and "3,16,32" not in constrained
