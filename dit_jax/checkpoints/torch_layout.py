@@ -82,21 +82,24 @@ def from_leaves(config: DiTConfig, leaves: Iterable[Leaf]) -> dict[str, np.ndarr
         if "{i}" in entry.name:
             for i, heads in enumerate(config.block_heads):
                 theirs = entry.to_torch(first_heads(path, leaf[i], heads, config.num_heads))
-                state_dict[entry.name.format(i=i)] = _fill(np.empty(theirs.shape, theirs.dtype), theirs)
+                state_dict[entry.name.format(i=i)] = _contiguous(theirs)
                 del theirs  # which may be a view of the leaf
         else:
-            theirs = entry.to_torch(leaf)
-            state_dict[entry.name] = _fill(np.empty(theirs.shape, theirs.dtype), theirs)
-            del theirs
+            state_dict[entry.name] = _contiguous(entry.to_torch(leaf))
         del leaf  # before the next one is read
     return {name: state_dict[name] for name in ("pos_embed", *tensor_names(config))}
 
 
-def _fill(array: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The array, now with these values; in strips, for NumPy takes five times as long for a transposed matrix whole."""
+def _fill(array: np.ndarray, values: np.ndarray) -> None:
+    """array[...] = values, in strips: NumPy takes five times as long to copy a transposed matrix whole."""
     for start in range(0, values.shape[-1], 64):
         strip = ..., slice(start, start + 64)
         array[strip] = values[strip]
+
+
+def _contiguous(values: np.ndarray) -> np.ndarray:
+    array = np.empty(values.shape, values.dtype)
+    _fill(array, values)
     return array
 
 

@@ -1,7 +1,8 @@
 """A save beside training: one array after the other with rests between, and no rests once somebody waits for it."""
 
-import itertools
+import threading
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,66 +14,67 @@ from dit_jax.checkpoints import pace
 from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.parallel.mesh import make_mesh
 
-ARRAYS = 4
+
+class Writes(NamedTuple):
+    """When the writing of each array began and ended, and whether the first one has."""
+
+    began: list[float]
+    ended: list[float]
+    one_is_written: threading.Event
 
 
 @pytest.fixture
-def writes(monkeypatch) -> list[tuple[float, float]]:
-    """When each array's writing began, and when it ended."""
-    began, ended = [], []
+def writes(monkeypatch) -> Writes:
+    writes = Writes([], [], threading.Event())
 
     class Watched(pace.Pace):
         async def wait_for_bytes(self, requested_bytes: int) -> None:
             await super().wait_for_bytes(requested_bytes)
-            began.append(time.monotonic())
+            writes.began.append(time.monotonic())
 
         async def release_bytes(self, requested_bytes: int) -> None:
-            ended.append(time.monotonic())
+            writes.ended.append(time.monotonic())
             await super().release_bytes(requested_bytes)
+            writes.one_is_written.set()
 
     monkeypatch.setattr("dit_jax.checkpoints.store.Pace", Watched)
-    return began, ended
+    return writes
 
 
 def tree() -> dict:
     everywhere = NamedSharding(make_mesh({"data": 8}), P())
-    return {str(i): jax.device_put(np.full((5, 5), i, np.float32), everywhere) for i in range(ARRAYS)}
+    return {str(i): jax.device_put(np.full((5, 5), i, np.float32), everywhere) for i in range(4)}
 
 
 def test_arrays_are_written_in_turn_with_rests_between(tmp_path, writes):
     store = CheckpointStore(tmp_path)
     store.save(1, {"model": tree()}, {}, copy_to="device")
     store._saving.result()  # `wait` would hurry it
-    began, ended = writes
-    assert len(began) == len(ended) == ARRAYS
-    for (start, end), after in zip(zip(began, ended, strict=True), began[1:], strict=False):
-        assert after - end >= 0.9 * pace.REST * (end - start)
     store.close()
+    assert len(writes.began) == len(writes.ended) == 4
+    for i in range(3):
+        took, rest = writes.ended[i] - writes.began[i], writes.began[i + 1] - writes.ended[i]
+        assert rest >= 0.9 * pace.REST * took
 
 
 def test_who_waits_for_a_save_hurries_it(tmp_path, writes, monkeypatch):
-    monkeypatch.setattr(pace, "REST", 1_000_000)
+    monkeypatch.setattr(pace, "REST", 100_000)
     store, given = CheckpointStore(tmp_path), tree()
     store.save(1, {"model": given}, {}, copy_to="device")
-    began, ended = writes
-    while not ended:
-        time.sleep(0.01)
-    rest = pace.REST * (ended[0] - began[0])
+    assert writes.one_is_written.wait(60)
     asked = time.monotonic()
     store.wait()
-    assert time.monotonic() - asked < rest
+    assert time.monotonic() - asked < pace.REST * (writes.ended[0] - writes.began[0])
     shapes = jax.eval_shape(lambda tree: tree, given)
     restored = store.restore_newest(lambda record: {"model": shapes})
+    store.close()
     assert all(np.array_equal(a, b) for a, b in zip(restored.trees["model"].values(), given.values(), strict=True))
-    store.close()
 
 
-def test_nothing_is_held_back_when_the_save_is_waited_for_at_once(tmp_path, writes, monkeypatch):
-    monkeypatch.setattr(pace, "REST", 1_000_000)
-    store = CheckpointStore(tmp_path)
-    started = time.monotonic()
+def test_nothing_is_held_back_where_nobody_trains_meanwhile(tmp_path, writes, monkeypatch):
+    monkeypatch.setattr(pace, "PREPARATIONS", 100)
+    store, started = CheckpointStore(tmp_path), time.monotonic()
     store.save(1, {"model": tree()}, {})
-    began, ended = writes
-    assert store.steps() == [1]
-    assert time.monotonic() - started < pace.REST * min(e - b for b, e in itertools.zip_longest(began, ended))
+    assert time.monotonic() - started < pace.PREPARATIONS
     store.close()
+    assert len(writes.ended) == 4
