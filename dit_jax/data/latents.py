@@ -75,8 +75,9 @@ class LatentSource:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """What made a data set of latents. Raises InputError if it is not one, or not complete."""
     if not (folder / METADATA).exists():
-        state = "not complete: run dit_jax.encode again" if (folder / DONE).is_dir() else "not a data set of latents"
-        raise InputError(f"{folder} is {state} (it has no {METADATA})")
+        begun = (folder / DONE).is_dir()
+        state = "complete: run dit_jax.encode again" if begun else "a data set of latents: make one with dit_jax.encode"
+        raise InputError(f"{folder} is not {state} (it has no {METADATA})")
     kinds = {"autoencoder": dict, "shape": list, "dtype": str, "class_names": list, "shards": dict}
     metadata = read_json(folder / METADATA, **kinds)
     if lacking := kinds.keys() - metadata.keys():
