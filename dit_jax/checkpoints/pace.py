@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 REST = 19  # times as long as the writing before it took
-PREPARATIONS = 1.0  # seconds that nothing is written, while Orbax makes its folders and opens the arrays
+PAUSE = 2.0  # seconds before Orbax makes its folders and opens the arrays, and again before the first is written
 
 
 class PacedArrays(ocp.type_handlers.ArrayHandler):
@@ -40,6 +40,10 @@ class Pace:
         self.hurry = threading.Event()
         self._lock, self._began, self._next = threading.Lock(), 0.0, 0.0
 
+    def rest(self) -> None:
+        """Before anything else is done: the step after the copy and its checksums has had its share."""
+        self.hurry.wait(PAUSE)
+
     async def wait_for_bytes(self, requested_bytes: int) -> None:
         while not self.hurry.is_set() and (seconds := self._until_my_turn()):
             await asyncio.to_thread(self.hurry.wait, seconds)
@@ -52,7 +56,7 @@ class Pace:
         """Seconds after which to ask again; with 0 it is the caller's turn."""
         with self._lock:
             now = time.monotonic()
-            self._next = self._next or now + PREPARATIONS
+            self._next = self._next or now + PAUSE
             if now < self._next:
                 return min(self._next - now, 0.1)
             self._began, self._next = now, math.inf  # until it is written

@@ -86,15 +86,15 @@ class CheckpointStore:
         of them, until somebody waits for it.
         """
         self.wait()
-        written = trees if copy_to is None else copied(trees, copy_to)
-        on_devices = trees if copy_to == "pinned_host" else written  # what they can take the sums of
-        sums = {name: checksum(tree) for name, tree in on_devices.items()}
+        written, sums = taken(trees, copy_to)
         self._arrays.pace = Pace() if jax.default_backend() == "cpu" else None
         self._saving = self._thread.submit(self._save, step, written, sums, deepcopy(record))
         if copy_to is None:
             self.wait()
 
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array], record: dict) -> None:
+        if self._arrays.pace:
+            self._arrays.pace.rest()
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         record = ocp.args.JsonSave({"checksums": {name: int(value) for name, value in sums.items()}} | record)
         try:
@@ -217,6 +217,16 @@ def _unheard_abandoned_reads(raised) -> None:
     each would print a traceback over the one line that says what is wrong."""
     if str(raised.exc_value) != "Event loop is closed":
         _hooks[-1](raised)
+
+
+def taken(trees: dict[str, Tree], copy_to: str | None) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
+    """What a checkpoint is to hold of these trees, see `CheckpointStore.save`, and the checksum of each.
+
+    The first time, the programs for it are compiled; a run does it once before its first checkpoint is due.
+    """
+    copies = trees if copy_to is None else copied(trees, copy_to)
+    on_devices = trees if copy_to == "pinned_host" else copies  # what they can take the sums of
+    return copies, {name: checksum(tree) for name, tree in on_devices.items()}
 
 
 def copied(tree: Tree, memory: str) -> Tree:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY
-from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.checkpoints.store import CheckpointStore, taken
 from dit_jax.config import DiTConfig, require_ranges
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if processes.is_first():
             with replacing(workdir / "config.json") as temporary:
                 temporary.write_text(config.to_json_best_effort(indent=2))
+        copy_to = None  # into which memory a save copies the state
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
@@ -67,6 +68,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     state, metrics = train_step(state, batch, frozen)
                     step += 1
                     log.dispatched(step, metrics)
+                    if copy_to is None:
+                        with log.pause():
+                            room = has_room(state, train_step, state, batch, frozen)
+                            copy_to = "device" if room else "pinned_host"
+                            taken(resume.parts(state), copy_to)  # compiled here, not when steps may not wait for it
                     ending = stopping(step) or step == config.steps
                     if due(step, config.preview.every):
                         with log.pause():
@@ -76,7 +82,6 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                             log.add(step, evaluation(state.ema))
                     if ending or due(step, config.checkpoint.every):
                         with log.pause():
-                            room = has_room(state, train_step, state, batch, frozen)
                             resume.save(
                                 store,
                                 step,
@@ -84,7 +89,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                                 config,
                                 class_names,
                                 log.interval,
-                                copy_to="device" if room else "pinned_host",
+                                copy_to=copy_to,
                                 autoencoder=inputs.autoencoder,
                             )
                     if ending:

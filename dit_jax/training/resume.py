@@ -23,6 +23,11 @@ from dit_jax.training.state import TrainState, abstract_state
 COMPUTATION = {"dtype", "attention_kernel", "remat", "unroll"}
 
 
+def parts(state: TrainState) -> dict[str, Any]:
+    """What of a state is stored, by the name of its folder."""
+    return {"model": state.params, "ema": state.ema, "opt": state.opt_state}
+
+
 def save(
     store: CheckpointStore,
     step: int,
@@ -45,7 +50,7 @@ def save(
         "dit_jax": __version__,
         **more,
     }
-    store.save(step, {"model": state.params, "ema": state.ema, "opt": state.opt_state}, record, copy_to=copy_to)
+    store.save(step, parts(state), record, copy_to=copy_to)
 
 
 def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int, TrainState, dict] | None:
@@ -58,7 +63,7 @@ def restore(store: CheckpointStore, config: ConfigDict, mesh: Mesh) -> tuple[int
 
     def abstract(record: dict) -> dict:
         require_same_architecture(config, record["config"], store.folder)
-        return {"model": wanted.params, "ema": wanted.ema, "opt": wanted.opt_state}
+        return parts(wanted)
 
     restored = store.restore_newest(abstract)
     if restored is None:

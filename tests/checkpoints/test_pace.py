@@ -26,6 +26,7 @@ class Writes(NamedTuple):
 @pytest.fixture
 def writes(monkeypatch) -> Writes:
     writes = Writes([], [], threading.Event())
+    monkeypatch.setattr(pace, "PAUSE", 0.1)
 
     class Watched(pace.Pace):
         async def wait_for_bytes(self, requested_bytes: int) -> None:
@@ -71,10 +72,20 @@ def test_who_waits_for_a_save_hurries_it(tmp_path, writes, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(restored.trees["model"].values(), given.values(), strict=True))
 
 
+def test_the_step_after_the_copy_is_let_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "PAUSE", 100)
+    store, started = CheckpointStore(tmp_path), time.monotonic()
+    store.save(1, {"model": tree()}, {}, copy_to="device")
+    assert list(tmp_path.iterdir()) == [] and not store._saving.done()
+    store.wait()
+    assert store.steps() == [1] and time.monotonic() - started < pace.PAUSE
+    store.close()
+
+
 def test_nothing_is_held_back_where_nobody_trains_meanwhile(tmp_path, writes, monkeypatch):
-    monkeypatch.setattr(pace, "PREPARATIONS", 100)
+    monkeypatch.setattr(pace, "PAUSE", 100)
     store, started = CheckpointStore(tmp_path), time.monotonic()
     store.save(1, {"model": tree()}, {})
-    assert time.monotonic() - started < pace.PREPARATIONS
+    assert time.monotonic() - started < pace.PAUSE
     store.close()
     assert len(writes.ended) == 4

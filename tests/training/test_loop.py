@@ -176,6 +176,19 @@ def test_the_step_is_compiled_once(tmp_path, monkeypatch):
     assert [step._cache_size() for step in steps] == [1]
 
 
+def test_the_first_save_finds_its_programs_compiled(tmp_path, monkeypatch, caplog):
+    save, saved = resume.save, []
+
+    def watched(store, step, *args, **kwargs):
+        saved.append(step)
+        with jax.log_compiles():
+            save(store, step, *args, **kwargs)
+
+    monkeypatch.setattr(resume, "save", watched)
+    train(small_config(steps=3, **{"checkpoint.every": 2, "model.hidden_size": 20}), tmp_path)  # no other test's shapes
+    assert saved == [2, 3] and not [line for line in caplog.messages if "ompil" in line]
+
+
 @pytest.mark.parametrize("at", [33, 40])
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(tmp_path, monkeypatch, at):
     def poisoned(*args, make=loop.make_train_step):
