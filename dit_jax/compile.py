@@ -101,7 +101,7 @@ def details(row: dict) -> str:
     total = flops["compiled"] + flops["attention_kernels"]
     lines.append(
         f"TFLOP a chip: {total / 1e12:.2f} compiled ({flops['attention_kernels'] / 1e12:.2f} of them in attention), "
-        f"{flops['analytic'] / 1e12:.2f} analytic without recomputation ({total / (flops['analytic'] or total):.3f})"
+        f"{flops['analytic'] / 1e12:.2f} analytic without recomputation ({total / flops['analytic']:.3f})"
     )
     for kind, collective in row["collectives"].items():
         lines.append(f"{kind}: {collective['count']} times, {collective['bytes'] / 1e9:.3f} GB sent a chip")

@@ -234,8 +234,8 @@ class Program:
     def _products(self, name: str, nested: bool = True) -> int:
         computation, total = self.computations[name], 0
         for instruction in computation.values():
-            if instruction.opcode in ("dot", "convolution"):
-                left, right = (computation[operand].outputs[0] for operand in instruction.operands)
+            if instruction.opcode in ("dot", "convolution") or "__cudnn$conv" in instruction.attributes:
+                left, right = (computation[operand].outputs[0] for operand in instruction.operands[:2])
                 total += _product(instruction, left, right)
             elif nested and instruction.opcode == "fusion":
                 total += self._products(instruction.attribute("calls"))

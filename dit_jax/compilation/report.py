@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dit_jax.compilation.hlo import BETWEEN_SLICES, Program
-from dit_jax.compilation.programs import lower
+from dit_jax.compilation.programs import codec_of, lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.chips import Chip
 from dit_jax.parallel.memory import live_bytes
 from dit_jax.sampling.generate import network_passes
-from dit_jax.training.flops import forward_macs, train_flops
+from dit_jax.training.flops import encoder_macs, forward_macs, train_flops
 
 FORMULA = (
     "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / bandwidth of the links or, between slices, of the "
@@ -174,9 +174,14 @@ def _needed(message: str) -> str:
 
 def _analytic_flops(what: str, config: ConfigDict) -> float:
     model = DiTConfig(**config.model)
-    passes = network_passes(config.diffusion, **config.sample)
-    per_image = {"train": train_flops(model), "sample": 2 * forward_macs(model) * passes, "encode": 0}
-    return per_image[what] * config.batch_size
+    if what == "train":
+        per_image = train_flops(model)
+    elif what == "sample":
+        per_image = 2 * forward_macs(model) * network_passes(config.diffusion, **config.sample)
+    else:
+        codec = codec_of(config)
+        per_image = 2 * 2 * encoder_macs(codec.config, model.input_size * codec.downsample)  # its mirror image too
+    return per_image * config.batch_size
 
 
 def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Analytic cost of DiT."""
+"""Analytic cost of DiT, and of encoding images for it."""
 
 from dit_jax.config import DiTConfig, attention_layers
+from dit_jax.models.autoencoder import AutoencoderConfig
 from dit_jax.models.local_attention import scores_computed
 
 
@@ -35,3 +36,23 @@ def forward_macs(config: DiTConfig) -> int:
 def train_flops(config: DiTConfig) -> int:
     """FLOPs of training on one image: two a multiply-accumulate, forward once and backward twice, no recomputation."""
     return 3 * 2 * forward_macs(config)
+
+
+def encoder_macs(config: AutoencoderConfig, side: int) -> int:
+    """Multiply-accumulates of the moments of one image, `side` pixels high and wide: every product of convolutions,
+    those with the padding too, and of attention."""
+    pixels, before, moments = side**2, config.block_out_channels[0], 2 * config.latent_channels
+    macs = 9 * config.in_channels * before * pixels
+    for i, width in enumerate(config.block_out_channels):
+        if i > 0:
+            pixels //= 4
+            macs += 9 * before**2 * pixels
+        shortcut = before * width if before != width else 0
+        macs += (9 * (before * width + width**2) + shortcut) * pixels
+        macs += (config.layers_per_block - 1) * 18 * width**2 * pixels
+        before = width
+    macs += 2 * 18 * before**2 * pixels
+    if config.mid_block_add_attention:
+        macs += 4 * before**2 * pixels + 2 * before * pixels**2
+    macs += 9 * before * moments * pixels
+    return macs + (moments**2 * pixels if config.use_quant_conv else 0)

@@ -49,6 +49,23 @@ def test_convolutions_count_the_products_that_are_not_with_padding(size, stride,
     assert program.flops == 2 * 2 * inside**2 * 4 * 6
 
 
+def test_convolutions_that_a_gpu_hands_to_cudnn_count_too():
+    """With a bias and a scratch buffer, and labels as XLA chooses them there."""
+    program = Program(
+        """HloModule encode
+
+ENTRY %main (x: f32[2,8,8,4], kernel: f32[6,3,3,4], bias: f32[6]) -> f32[2,8,8,6] {
+  %x = f32[2,8,8,4]{3,2,1,0} parameter(0)
+  %kernel = f32[6,3,3,4]{3,2,1,0} parameter(1)
+  %bias = f32[6]{0} parameter(2)
+  %conv = (f32[2,8,8,6]{3,2,1,0}, u8[1024]{0}) custom-call(%x, %kernel, %bias), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBiasActivationForward", backend_config={}
+  ROOT %y = f32[2,8,8,6]{3,2,1,0} get-tuple-element(%conv), index=0
+}
+"""  # noqa: E501
+    )
+    assert program.flops == 2 * 2 * (3 * 8 - 2) ** 2 * 4 * 6
+
+
 def test_reading_and_writing_a_large_array_is_its_traffic():
     program = compiled(lambda x: x * 2.0 + 1.0, array(1024, 1024))
     assert program.traffic == 2 * 4 * 1024 * 1024

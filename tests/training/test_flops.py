@@ -4,8 +4,9 @@ import pytest
 from flax import nnx
 
 from dit_jax import DiT, DiTConfig
+from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
 from dit_jax.parallel.chips import peak_flops
-from dit_jax.training.flops import forward_macs, train_flops
+from dit_jax.training.flops import encoder_macs, forward_macs, train_flops
 
 GMACS = {  # FACTS: forward pass at 256 pixels
     "DiT-S/2": 6.06,
@@ -40,6 +41,22 @@ def test_the_compiler_counts_the_same_matrix_products(heads):
     args = jnp.zeros((4, 16, 16, 4)), jnp.zeros(4), jnp.zeros(4, int)
     counted = jax.jit(lambda *args: model(*args)).lower(*args).compile().cost_analysis()["flops"]
     assert counted == pytest.approx(4 * 2 * forward_macs(config), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoencoderConfig(),
+        AutoencoderConfig(block_out_channels=(64, 64, 128), layers_per_block=1, use_quant_conv=False),
+        AutoencoderConfig(block_out_channels=(64, 128), latent_channels=16, mid_block_add_attention=False),
+    ],
+    ids=["Stable Diffusion", "narrow", "without attention"],
+)
+def test_the_compiler_counts_the_same_products_of_the_encoder(config):
+    graph, params = abstract_autoencoder(config)
+    image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    lowered = jax.jit(lambda params, x: nnx.merge(graph, params).moments(x)).lower(params, image)
+    assert lowered.cost_analysis()["flops"] == pytest.approx(2 * encoder_macs(config, 256), rel=0.03)
 
 
 def test_a_cpu_has_no_published_peak():
