@@ -40,19 +40,24 @@ def train_flops(config: DiTConfig) -> int:
 
 def encoder_macs(config: AutoencoderConfig, side: int) -> int:
     """Multiply-accumulates of the moments of one image, `side` pixels high and wide: every product of convolutions,
-    those with the padding too, and of attention."""
-    pixels, before, moments = side**2, config.block_out_channels[0], 2 * config.latent_channels
-    macs = 9 * config.in_channels * before * pixels
+    but those with the padding, and of attention."""
+    before, moments = config.block_out_channels[0], 2 * config.latent_channels
+    macs = config.in_channels * before * _taps(side)
     for i, width in enumerate(config.block_out_channels):
         if i > 0:
-            pixels //= 4
-            macs += 9 * before**2 * pixels
-        shortcut = before * width if before != width else 0
-        macs += (9 * (before * width + width**2) + shortcut) * pixels
-        macs += (config.layers_per_block - 1) * 18 * width**2 * pixels
+            side //= 2
+            macs += before**2 * (3 * side - 1) ** 2  # padded at one end only
+        shortcut = before * width * side**2 if before != width else 0
+        macs += (before * width + width**2) * _taps(side) + shortcut
+        macs += (config.layers_per_block - 1) * 2 * width**2 * _taps(side)
         before = width
-    macs += 2 * 18 * before**2 * pixels
+    macs += 4 * before**2 * _taps(side)
     if config.mid_block_add_attention:
-        macs += 4 * before**2 * pixels + 2 * before * pixels**2
-    macs += 9 * before * moments * pixels
-    return macs + (moments**2 * pixels if config.use_quant_conv else 0)
+        macs += 4 * before**2 * side**2 + 2 * before * side**4
+    macs += before * moments * _taps(side)
+    return macs + (moments**2 * side**2 if config.use_quant_conv else 0)
+
+
+def _taps(side: int) -> int:
+    """Of a 3x3 convolution that keeps the sides, all that fall on the image."""
+    return (3 * side - 2) ** 2
