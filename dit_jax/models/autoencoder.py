@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.errors import InputError
+from dit_jax.models.abstract import abstract
 from dit_jax.models.kernels import dot_product_attention
 from dit_jax.models.layers import Linear
 
@@ -122,10 +123,9 @@ class AutoencoderKL(nnx.Module):
 
 @functools.cache
 def abstract_autoencoder(config: AutoencoderConfig) -> tuple[nnx.GraphDef, dict]:
-    """An autoencoder without its arrays, and the nested dict of their shapes: `nnx.merge` of the first with such a
-    dict of arrays is the autoencoder. Nothing is computed. Both are shared by all who ask."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return graph, nnx.to_pure_dict(params)
+    """An autoencoder without its arrays, and the nested dict of their shapes; see `abstract`. Both are shared by all
+    who ask."""
+    return abstract(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
 
 
 class Encoder(nnx.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dit_jax.errors import InputError
+from dit_jax.models.abstract import abstract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,5 @@ class Classifier(nnx.Module):
 
 
 def abstract_classifier(config: ClassifierConfig) -> tuple[nnx.GraphDef, dict]:
-    """A classifier without its arrays, and the nested dict of their shapes; nothing is computed."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return graph, nnx.to_pure_dict(params)
+    """A classifier without its arrays, and the nested dict of their shapes; see `abstract`."""
+    return abstract(lambda: Classifier(config, rngs=nnx.Rngs(0)))

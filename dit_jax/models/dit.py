@@ -11,6 +11,7 @@ from flax import nnx
 
 from dit_jax.config import AttentionKind, DiTConfig
 from dit_jax.errors import InputError
+from dit_jax.models.abstract import abstract
 from dit_jax.models.attention import CrossAttention, SelfAttention
 from dit_jax.models.embedders import ContextEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from dit_jax.models.kernels import KERNELS, kernel_outputs_saveable
@@ -211,10 +212,8 @@ class DiT(nnx.Module):
 
 @functools.cache
 def abstract_dit(config: DiTConfig) -> tuple[nnx.GraphDef, dict]:
-    """A DiT without its arrays, and the nested dict of their shapes: `nnx.merge` of the first with such a dict of
-    arrays is the model. Nothing is computed. Both are shared by all who ask."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return graph, nnx.to_pure_dict(params)
+    """A DiT without its arrays, and the nested dict of their shapes; see `abstract`. Both are shared by all who ask."""
+    return abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
 
 
 class DiTBlock(nnx.Module):

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.errors import InputError
+from dit_jax.models.abstract import abstract
 
 SIDE = 299  # pixels, of what the network sees
 SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1: 17 x 17 x 7 = 2,023 features
@@ -78,10 +79,8 @@ class InceptionV3(nnx.Module):
 
 
 def abstract_inception() -> tuple[nnx.GraphDef, dict]:
-    """The network without its arrays, and the nested dict of their shapes: `nnx.merge` of the first with such a dict of
-    arrays is the network. Nothing is computed."""
-    graph, params = nnx.split(nnx.eval_shape(InceptionV3), nnx.Param)
-    return graph, nnx.to_pure_dict(params)
+    """The network without its arrays, and the nested dict of their shapes; see `abstract`."""
+    return abstract(InceptionV3)
 
 
 def resize(x: jax.Array, height: int, width: int) -> jax.Array:
