@@ -16,7 +16,7 @@ from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.chips import Chip
 from dit_jax.parallel.memory import live_bytes
 from dit_jax.sampling.generate import network_passes
-from dit_jax.training.flops import encoder_macs, forward_macs, train_flops
+from dit_jax.training.flops import decoder_macs, encoder_macs, forward_macs, train_flops
 
 FORMULA = (
     "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / bandwidth of the links or, between slices, of the "
@@ -173,14 +173,18 @@ def _needed(message: str) -> str:
 
 
 def _analytic_flops(what: str, config: ConfigDict) -> float:
-    model = DiTConfig(**config.model)
+    model, codec = DiTConfig(**config.model), codec_of(config)
+    side = model.input_size * codec.downsample
     if what == "train":
         per_image = train_flops(model)
+        if config.latents == "on_the_fly":
+            per_image += 2 * encoder_macs(codec.config, side)
     elif what == "sample":
         per_image = 2 * forward_macs(model) * network_passes(config.diffusion, **config.sample)
+        if codec.config:
+            per_image += 2 * decoder_macs(codec.config, side)
     else:
-        codec = codec_of(config)
-        per_image = 2 * 2 * encoder_macs(codec.config, model.input_size * codec.downsample)  # its mirror image too
+        per_image = 2 * 2 * encoder_macs(codec.config, side)  # its mirror image too
     return per_image * config.batch_size
 
 

@@ -1,4 +1,4 @@
-"""Analytic cost of DiT, and of encoding images for it."""
+"""Analytic cost of DiT, and of the autoencoder beside it."""
 
 from dit_jax.config import DiTConfig, attention_layers
 from dit_jax.models.autoencoder import AutoencoderConfig
@@ -47,15 +47,36 @@ def encoder_macs(config: AutoencoderConfig, side: int) -> int:
         if i > 0:
             side //= 2
             macs += before**2 * (3 * side - 1) ** 2  # padded at one end only
-        shortcut = before * width * side**2 if before != width else 0
-        macs += (before * width + width**2) * _taps(side) + shortcut
-        macs += (config.layers_per_block - 1) * 2 * width**2 * _taps(side)
+        macs += _residual(before, width, side) + (config.layers_per_block - 1) * _residual(width, width, side)
         before = width
-    macs += 4 * before**2 * _taps(side)
-    if config.mid_block_add_attention:
-        macs += 4 * before**2 * side**2 + 2 * before * side**4
-    macs += before * moments * _taps(side)
+    macs += _middle(config, side) + before * moments * _taps(side)
     return macs + (moments**2 * side**2 if config.use_quant_conv else 0)
+
+
+def decoder_macs(config: AutoencoderConfig, side: int) -> int:
+    """Multiply-accumulates of one image, `side` pixels high and wide, from its latents, counted likewise."""
+    side, latents, before = side // config.downsample, config.latent_channels, config.block_out_channels[-1]
+    macs = latents**2 * side**2 if config.use_post_quant_conv else 0
+    macs += latents * before * _taps(side) + _middle(config, side)
+    for i, width in enumerate(reversed(config.block_out_channels)):
+        if i > 0:
+            side *= 2
+            macs += 4 * before**2 * side**2  # each pixel from the 2x2 smaller ones that are next to it
+        macs += _residual(before, width, side) + config.layers_per_block * _residual(width, width, side)
+        before = width
+    return macs + before * config.out_channels * _taps(side)
+
+
+def _residual(before: int, width: int, side: int) -> int:
+    """Two convolutions, and a shortcut where the width changes."""
+    shortcut = before * width * side**2 if before != width else 0
+    return (before + width) * width * _taps(side) + shortcut
+
+
+def _middle(config: AutoencoderConfig, side: int) -> int:
+    width = config.block_out_channels[-1]
+    attention = 4 * width**2 * side**2 + 2 * width * side**4 if config.mid_block_add_attention else 0
+    return 2 * _residual(width, width, side) + attention
 
 
 def _taps(side: int) -> int:

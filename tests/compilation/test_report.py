@@ -58,6 +58,14 @@ def test_sampling_counts_every_step_and_both_halves_of_guidance():
     assert row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
 
 
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_the_autoencoder_within_the_program_counts(what):
+    config = small_config()
+    config.latents, config.sample.steps = "on_the_fly", 5
+    flops = report.measure(what, config, make_mesh({"data": 8}), None)["flops"]
+    assert flops["compiled"] == pytest.approx(flops["analytic"], rel=0.01)
+
+
 def test_outside_the_guidance_interval_the_second_half_costs_nothing():
     counts = {}
     for interval in ((), (0.3, 3.0)):
