@@ -11,7 +11,9 @@ Image i depends on the weights, the settings, the seed and i, not on the batch o
 The settings are kept with the images. An .npz or a folder that was interrupted goes on with the same command.
 """
 
+import os
 import sys
+import time
 
 from absl import flags
 
@@ -82,6 +84,8 @@ def main() -> None:
         drawn = draw(generate, weights.params(replicated), (labels, *context), collection, mesh.size)
     if drawn < len(labels):
         processes.say(f"stopped after {drawn} of {len(labels)} images; the same command goes on", sys.stderr)
+        if processes.alone():
+            os._exit(1)  # what the devices still draw would otherwise be waited for
         sys.exit(1)
     if collection is not None:
         collection.complete()
@@ -91,6 +95,8 @@ def main() -> None:
 def draw(generate, params, conditions, collection, devices: int) -> int:
     """Draw the images that the first process's collection lacks; returns how many there are now, all unless stopped.
 
+    Several processes stop when they have drawn the same batch, one alone leaves the batch that it is at.
+
     conditions: labels (count,), and condition tokens and their mask for a model that takes them.
     Batches begin at multiples of their size, so that a run which goes on draws each image in the same company.
     """
@@ -99,18 +105,22 @@ def draw(generate, params, conditions, collection, devices: int) -> int:
 
     from dit_jax.sampling.generate import image_keys, in_batches
 
-    count, first = len(conditions[0]), processes.is_first()
+    count, first, alone = len(conditions[0]), processes.is_first(), processes.alone()
     batch = -(-min(BATCH.value, count) // devices) * devices
     padded = [in_batches(rows, batch) for rows in conditions]
     batches = range(0, count, batch)
     lacking = [str(i) for i in batches if collection.lacks(range(i, i + batch))] if first else []
     todo = [int(i) for i in processes.gather(",".join(lacking))[0].split(",") if i]
     there = count - sum(min(batch, count - i) for i in todo)
-    bar = tqdm(total=count, initial=there, unit="image", disable=not first)
-    with bar, processes.stop_signals() as stopping:
+    shown = {"total": count, "initial": there, "unit": "image", "disable": not first}
+    with processes.stop_signals() as stopping, tqdm(**shown) as bar:
         for step, i in enumerate(todo):
             labels, *context = (rows[i : i + batch] for rows in padded)
-            images = generate(params, labels, image_keys(SEED.value, i, batch), *context).block_until_ready()
+            images = generate(params, labels, image_keys(SEED.value, i, batch), *context)
+            while not (images.is_ready() or (alone and stopping(step))):
+                time.sleep(0.001)  # within `block_until_ready` no signal is heard
+            if not images.is_ready():
+                break
             if first:
                 collection.add(i, np.asarray(images))
             bar.update(min(batch, count - i))

@@ -74,6 +74,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def alone() -> bool:
+    """Whether this process is the only one."""
+    import jax
+
+    return jax.process_count() == 1
+
+
 def say(line: str, file=None) -> None:
     """Print a line in the first process, to stdout or to `file`."""
     if is_first():
@@ -94,7 +101,7 @@ def gather(value: str) -> list[str]:
     import jax
     from jax._src.distributed import global_state
 
-    if jax.process_count() == 1:
+    if alone():
         return [value]
     folder = f"gather/{next(_rounds)}"
     global_state.client.key_value_set(f"{folder}/{jax.process_index()}", value)
@@ -108,9 +115,7 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
 
     It is to be asked after every step. With one process, a second signal acts as if this were not here.
     """
-    import jax
-
-    if jax.process_count() > 1:
+    if not alone():
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
         # JAX itself listens to SIGTERM, and agrees with the others on a step that none has passed.

@@ -24,9 +24,9 @@ def weights(tmp_path_factory):
     return path
 
 
-def start(weights, out) -> subprocess.Popen:
+def start(weights, out, count=700, batch=32) -> subprocess.Popen:
     command = [sys.executable, "-m", "dit_jax.sample", f"--weights={weights}", f"--out={out}", "--labels=random"]
-    command += ["--count=700", "--batch=32", "--steps=250", "--guidance=2"]
+    command += [f"--count={count}", f"--batch={batch}", "--steps=250", "--guidance=2"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
 
@@ -67,3 +67,15 @@ def test_killed_and_stopped_in_the_middle_it_ends_with_the_same_bytes_and_redoes
     assert process.wait(180) == 0, process.communicate()
     assert out.read_bytes() == unbroken.read_bytes() and not parts(out)
     assert len(np.unique(read_npz(out, ("labels",))["labels"])) == 10
+
+
+def test_it_stops_in_the_midst_of_a_batch(tmp_path, weights):
+    process = start(weights, tmp_path / "out.npz", count=100_000, batch=100_000)  # minutes
+    seen = ""
+    while "0/100000" not in seen:
+        character = process.stderr.read(1)
+        assert character, seen
+        seen += character
+    process.send_signal(signal.SIGINT)
+    line = process.communicate(timeout=40)[1].splitlines()[-1]
+    assert line == "stopped after 0 of 100000 images; the same command goes on" and process.returncode == 1
