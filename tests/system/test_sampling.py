@@ -70,12 +70,14 @@ def test_killed_and_stopped_in_the_middle_it_ends_with_the_same_bytes_and_redoes
 
 
 def test_it_stops_in_the_midst_of_a_batch(tmp_path, weights):
-    process = start(weights, tmp_path / "out.npz", count=100_000, batch=100_000)  # minutes
-    seen = ""
-    while "0/100000" not in seen:
-        character = process.stderr.read(1)
-        assert character, seen
-        seen += character
-    process.send_signal(signal.SIGINT)
-    line = process.communicate(timeout=40)[1].splitlines()[-1]
+    process, seen = start(weights, tmp_path / "out.npz", count=100_000, batch=100_000), ""
+    try:
+        while "0/100000" not in seen:
+            character = process.stderr.read(1)
+            assert character, seen
+            seen += character
+        process.send_signal(signal.SIGINT)
+        line = process.communicate(timeout=40)[1].splitlines()[-1]  # drawing them all takes minutes
+    finally:
+        process.kill()
     assert line == "stopped after 0 of 100000 images; the same command goes on" and process.returncode == 1
