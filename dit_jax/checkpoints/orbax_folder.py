@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.experimental.v1 import partial
 
+from dit_jax.checkpoints.checksums import checksum
 from dit_jax.checkpoints.record import Record
-from dit_jax.checkpoints.store import checksum
 from dit_jax.checkpoints.torch_layout import Leaf
 from dit_jax.errors import InputError
 from dit_jax.files import read_json, replacing_folder, write_json
@@ -33,7 +33,7 @@ def write_folder(folder: Path, record: Record, leaves: Iterable[Leaf], vae: Path
     with replacing_folder(folder) as temporary:
         sums = {}
         for path, leaf in leaves:
-            sums[path] = int(checksum(leaf))
+            sums[path] = checksum(leaf)
             partial.save(temporary / "weights", unflatten_dict({path: leaf}, sep="/"))
             del leaf  # before the next one is made
             _trim_heap()
@@ -72,7 +72,7 @@ def read_folder(folder: Path, record: Record, sums: dict[str, int], shardings: C
             except Exception as error:  # Orbax and TensorStore share no base class for damage
                 reason = str(error).strip().split("\n")[0][:200]
                 raise InputError(f"{path} of the weights in {folder} cannot be read ({reason})") from error
-            if leaf.shape != shape.shape or int(checksum(leaf)) != sums.get(path):
+            if leaf.shape != shape.shape or checksum(leaf) != sums.get(path):
                 raise InputError(f"{path} of the weights in {folder} is not what was written there: it is damaged")
             yield path, leaf
             del leaf  # before the next one is read

@@ -1,6 +1,7 @@
 """What a compiled program leaves of a device's memory."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,24 @@ def live_bytes(program: jax.stages.Compiled) -> int:
     return sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes
 
 
-def has_room(tree: Any, program: Callable, *arguments: Any) -> bool:
-    """Whether each device can hold its share of a copy of the tree beside what a jitted program, which has run with
-    such arguments, takes. A CPU, whose memory nobody limits, can."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        return True
+def memory_for_copy(tree: Any, program: Callable, *arguments: Any) -> str | None:
+    """Where a copy of the tree finds room beside what a jitted program, which has run with such arguments, takes.
+
+    "device" if each can hold its share, otherwise "pinned_host" (JAX's names), which CPUs do not have beside it: None.
+    """
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shares(tree)), strict=True)
     parts = (math.prod(share.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, share in leaves)
     taken = live_bytes(program.lower(*arguments).compile())  # which JAX still has: nothing is compiled anew
-    return taken + sum(parts) <= (1 - LEAVE) * limit
+    if taken + sum(parts) <= (1 - LEAVE) * device_bytes():
+        return "device"
+    return None if jax.default_backend() == "cpu" else "pinned_host"
+
+
+def device_bytes() -> float:
+    """Memory of a device; of a CPU device its share of this machine's."""
+    device = jax.local_devices()[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return limit
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return math.inf

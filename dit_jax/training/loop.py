@@ -18,7 +18,7 @@ from dit_jax.errors import InputError
 from dit_jax.files import make_folder, replacing
 from dit_jax.parallel import processes
 from dit_jax.parallel.chips import peak_flops
-from dit_jax.parallel.memory import has_room
+from dit_jax.parallel.memory import memory_for_copy
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding, require_shards
 from dit_jax.sampling.generate import image_keys, make_generate
@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if processes.is_first():
             with replacing(workdir / "config.json") as temporary:
                 temporary.write_text(config.to_json_best_effort(indent=2))
-        copy_to = None  # into which memory a save copies the state
+        first, tried = step + 1, []
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
@@ -68,11 +68,12 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     state, metrics = train_step(state, batch, frozen)
                     step += 1
                     log.dispatched(step, metrics)
-                    if copy_to is None:
+                    tried.clear()
+                    if step == first:
+                        # So that the first save finds its programs compiled, and memory beside which a step has run.
                         with log.pause():
-                            room = has_room(state, train_step, state, batch, frozen)
-                            copy_to = "device" if room else "pinned_host"
-                            taken(resume.parts(state), copy_to)  # compiled here, not when steps may not wait for it
+                            copy_to = memory_for_copy(state, train_step, state, batch, frozen)
+                            tried.append(taken(resume.parts(state), copy_to))
                     ending = stopping(step) or step == config.steps
                     if due(step, config.preview.every):
                         with log.pause():
@@ -81,17 +82,16 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                         with log.pause():
                             log.add(step, evaluation(state.ema))
                     if ending or due(step, config.checkpoint.every):
-                        with log.pause():
-                            resume.save(
-                                store,
-                                step,
-                                state,
-                                config,
-                                class_names,
-                                log.interval,
-                                copy_to=copy_to,
-                                autoencoder=inputs.autoencoder,
-                            )
+                        resume.save(
+                            store,
+                            step,
+                            state,
+                            config,
+                            class_names,
+                            log.unfinished,
+                            copy_to=None if ending else copy_to,
+                            autoencoder=inputs.autoencoder,
+                        )
                     if ending:
                         break
             except NotFiniteError as error:

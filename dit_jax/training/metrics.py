@@ -28,8 +28,8 @@ class TrainingLog:
 
     Every `log_every` steps their means make a line of `metrics.jsonl` and a point in TensorBoard, with images/s and,
     where the chip's peak is known, MFU. Lines after `first_step`, by a run that was then killed, are dropped: those
-    steps come again. `interval` is what the next line has so far; it belongs in a checkpoint. Of several processes,
-    all read the metrics and the first one writes.
+    steps come again. `interval` is what the next line has so far, as `unfinished` told a checkpoint. Of several
+    processes, all read the metrics and the first one writes.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrainingLog:
     ):
         self.log_every, self.batch_size = log_every, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.interval = dict(interval or {"count": 0, "sums": {}})
+        self._interval = dict(interval or {"count": 0, "sums": {}})
         self._late: tuple[int, dict[str, jax.Array]] | None = None
         self._timed_steps, self._clock = 0, None
         self._created = time.perf_counter()
@@ -79,6 +79,11 @@ class TrainingLog:
         late, self._late = self._late, None
         if late:
             self._read(*late)
+
+    def unfinished(self) -> dict:
+        """What the next line has so far, with the last step, which it waits for. Raises NotFiniteError."""
+        self._catch_up()
+        return self._interval
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -120,17 +125,17 @@ class TrainingLog:
             self._clock = time.perf_counter()
         else:
             self._timed_steps += 1
-        sums = self.interval["sums"]
+        sums = self._interval["sums"]
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
-        self.interval["count"] += 1
+        self._interval["count"] += 1
         self._bar.update(step - self._bar.n)
         if step % self.log_every == 0:
             self._write(step)
 
     def _write(self, step: int) -> None:
-        means = {name: total / self.interval["count"] for name, total in self.interval["sums"].items()}
-        self.interval = {"count": 0, "sums": {}}
+        means = {name: total / self._interval["count"] for name, total in self._interval["sums"].items()}
+        self._interval = {"count": 0, "sums": {}}
         if not self._writes:
             return
         self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)

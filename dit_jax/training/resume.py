@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,25 @@ def save(
     state: TrainState,
     config: ConfigDict,
     class_names: Sequence[str],
-    interval: dict | None,
+    interval: Callable[[], dict] | None = None,
     copy_to: str | None = None,
     **more: Any,
 ) -> None:
-    """Write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line.
+    """Write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line, if any.
 
     copy_to: see `CheckpointStore.save`. `more` goes into the record: the autoencoder; where a state that was not
     trained here comes from.
     """
-    record = {
-        "config": json.loads(config.to_json_best_effort()),
-        "class_names": list(class_names),
-        "interval": interval,
-        "dit_jax": __version__,
-        **more,
-    }
+
+    def record() -> dict:
+        return {
+            "config": json.loads(config.to_json_best_effort()),
+            "class_names": list(class_names),
+            "interval": interval and interval(),
+            "dit_jax": __version__,
+            **more,
+        }
+
     store.save(step, parts(state), record, copy_to=copy_to)
 
 

@@ -88,7 +88,7 @@ def import_run(path: Path, workdir: str | Path, **known: int) -> int:
         store = CheckpointStore(folder / "checkpoints")
         state = jax.device_put(TrainState(np.int32(step), params, ema, opt_state))
         more = {"autoencoder": record.autoencoder, "source": path.name, "sha256": digest(path)}
-        resume.save(store, step, state, config, record.class_names, interval=None, **more)
+        resume.save(store, step, state, config, record.class_names, **more)
         store.close()
     return step
 

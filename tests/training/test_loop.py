@@ -197,6 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
         def poisoned_step(state, batch, frozen):
             return step(state, batch | {"x": batch["x"] * (np.nan if state.step == at - 1 else 1)}, frozen)
 
+        poisoned_step.lower = step.lower
         return poisoned_step
 
     with monkeypatch.context() as patch, pytest.raises(DivergedError, match=rf"step {at}: .*loss=nan.*checkpoints/20"):

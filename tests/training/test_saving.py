@@ -33,7 +33,7 @@ def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
     store = CheckpointStore(tmp_path)
     record = {"interval": {"count": 3}}
-    store.save(1, {"model": tree}, record, copy_to=copy_to)
+    store.save(1, {"model": tree}, lambda: record, copy_to=copy_to)
     record["interval"]["count"] = 4
     for _ in range(5):
         tree = step(tree)
@@ -52,6 +52,8 @@ def test_a_copy_lies_where_it_is_asked_to_and_once(kind):
 
 
 class Device:
+    platform = "gpu"
+
     def __init__(self, limit: int):
         self.limit = limit
 
@@ -59,10 +61,20 @@ class Device:
         return {"bytes_limit": self.limit}
 
 
-def test_room_is_what_the_step_leaves_of_a_device(monkeypatch, step):
+PART = (64 * 48 * 4 + 48 * 4) // 8  # of the state, for each device: what several hold is copied once
+
+
+@pytest.mark.parametrize(("platform", "otherwise"), [("gpu", "pinned_host"), ("cpu", None)])
+def test_the_copy_goes_where_the_step_leaves_room(monkeypatch, step, platform, otherwise):
     tree = state()
-    part = (64 * 48 * 4 + 48 * 4) // 8  # what several devices hold is copied once
-    monkeypatch.setattr(memory, "live_bytes", lambda program: 5 * part)
-    for limit, room in ((6 * part / 0.9 + 1, True), (6 * part / 0.9 - 1, False)):
-        monkeypatch.setattr(jax, "local_devices", lambda limit=limit: [Device(limit)])
-        assert memory.has_room(tree, step, tree) is room
+    monkeypatch.setattr(memory, "live_bytes", lambda program: 5 * PART)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for limit, place in ((6 * PART / 0.9 + 1, "device"), (6 * PART / 0.9 - 1, otherwise)):
+        monkeypatch.setattr(memory, "device_bytes", lambda limit=limit: limit)
+        assert memory.memory_for_copy(tree, step, tree) == place
+
+
+def test_the_memory_of_a_device_is_what_it_says_and_a_cpu_has_its_share_of_the_machines(monkeypatch):
+    assert 2**27 < 8 * memory.device_bytes() < 2**50
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(1000)])
+    assert memory.device_bytes() == 1000

@@ -77,7 +77,7 @@ def test_pytorch_goes_on_from_our_run(tmp_path, config, update):
     state = init_state(config, make_mesh(devices=jax.devices()[:1]))
     state, _ = train_here(state, update, range(BEFORE))
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
-    resume.save(store, BEFORE, state, config, [str(i) for i in range(10)], interval=None)
+    resume.save(store, BEFORE, state, config, [str(i) for i in range(10)])
     store.close()
     assert export_run(tmp_path / "run", tmp_path / "run.pt") == BEFORE
     trainer = Trainer(twin(DiTConfig(**config.model)), lr=1.0, ema_decay=0.99)
@@ -106,7 +106,7 @@ def test_we_go_on_from_a_run_of_pytorch(tmp_path, config, update):
 def test_there_and_back_is_bit_exact_and_keeps_the_config(tmp_path, config, update):
     state, _ = train_here(init_state(config, make_mesh(devices=jax.devices()[:1])), update, range(3))
     store = CheckpointStore(tmp_path / "a" / "checkpoints")
-    resume.save(store, 3, state, config, list("abcdefghij"), interval=None)
+    resume.save(store, 3, state, config, list("abcdefghij"))
     store.close()
     export_run(tmp_path / "a", tmp_path / "a.pt")
     import_run(tmp_path / "a.pt", tmp_path / "b")
