@@ -74,6 +74,7 @@ class CheckpointStore:
         )
         registry.add(None, ocp.args.PyTreeSave, handler)
         self._manager = _Manager(self.folder, options=options, handler_registry=registry)
+        self._kept: dict[str, Tree] | None = None
         self._saving = Future()
         self._saving.set_result(None)
 
@@ -90,14 +91,35 @@ class CheckpointStore:
         record: asked for it while the devices copy.
         """
         self.wait()
-        written, sums = taken(trees, copy_to)
         beside_training = copy_to is not None and jax.default_backend() == "cpu"
+        written, sums = self._taken(trees, copy_to)
         self._arrays.pace = Pace() if beside_training else None
         thread = ThreadPoolExecutor(1, initializer=make_way if beside_training else None)
         self._saving = thread.submit(self._save, step, written, sums, deepcopy(record()))
         thread.shutdown(wait=False)
         if copy_to is None:
             self.wait()
+
+    def prepare(self, trees: dict[str, Tree], copy_to: str | None) -> None:
+        """Do what a run's first save would take longer for: compile its programs, and on CPUs find memory for copies.
+
+        There that memory is kept from save to save. Between them a training step would be given parts of it, and then
+        have to find as much again, which takes the operating system longer than the step.
+        """
+        self._taken(trees, copy_to)
+        if self._kept:
+            self._taken(trees, copy_to)  # into it, as from then on
+
+    def _taken(
+        self, trees: dict[str, Tree], copy_to: str | None
+    ) -> tuple[dict[str, Tree], dict[str, jax.Array] | None]:
+        """What a checkpoint is to hold of these trees, and the checksum of each; None if the thread takes them."""
+        copies = trees if copy_to is None else copied(trees, copy_to, self._kept)
+        self._kept = copies if copy_to and jax.default_backend() == "cpu" else None
+        if checksums.in_memory(trees):
+            return copies, None
+        on_devices = trees if copy_to == "pinned_host" else copies  # what they can take the sums of
+        return copies, {name: checksums.by_devices(tree) for name, tree in on_devices.items()}
 
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array] | None, record: dict) -> None:
         if self._arrays.pace:
@@ -226,24 +248,14 @@ def _unheard_abandoned_reads(raised) -> None:
         _hooks[-1](raised)
 
 
-def taken(trees: dict[str, Tree], copy_to: str | None) -> tuple[dict[str, Tree], dict[str, jax.Array] | None]:
-    """What a checkpoint is to hold of these trees, see `CheckpointStore.save`, and the checksum of each, or None where
-    the thread that writes takes them.
+def copied(tree: Tree, memory: str, into: Tree | None = None) -> Tree:
+    """The same arrays in that memory, shared out among the devices: what several of them hold is copied once.
 
-    The first time, the programs for it are compiled; a run does it once before its first checkpoint is due.
+    into: such copies of before, which are overwritten.
     """
-    copies = trees if copy_to is None else copied(trees, copy_to)
-    if checksums.in_memory(trees):
-        return copies, None
-    on_devices = trees if copy_to == "pinned_host" else copies  # what they can take the sums of
-    return copies, {name: checksums.by_devices(tree) for name, tree in on_devices.items()}
-
-
-def copied(tree: Tree, memory: str) -> Tree:
-    """The same arrays in that memory, shared out among the devices: what several of them hold is copied once."""
     targets = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory), shares(tree))
-    return jax.jit(_copy, out_shardings=targets)(tree)
+    return jax.jit(_copy, out_shardings=targets, donate_argnums=1, keep_unused=True)(tree, into)
 
 
-def _copy(tree: Tree) -> Tree:
+def _copy(tree: Tree, into: Tree | None) -> Tree:
     return jax.tree.map(jnp.copy, tree)

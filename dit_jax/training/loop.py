@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dit_jax.checkpoints.codec import IDENTITY
-from dit_jax.checkpoints.store import CheckpointStore, taken
+from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.config import DiTConfig, require_ranges
 from dit_jax.data.loader import Loader
 from dit_jax.data.sources import Source, open_source
@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if processes.is_first():
             with replacing(workdir / "config.json") as temporary:
                 temporary.write_text(config.to_json_best_effort(indent=2))
-        first, tried = step + 1, []
+        first = step + 1
         with make_log(config, workdir, mesh, step, interval) as log, loader.batches(step) as batches:
             try:
                 while step < config.steps:
@@ -68,12 +68,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     state, metrics = train_step(state, batch, frozen)
                     step += 1
                     log.dispatched(step, metrics)
-                    tried.clear()
                     if step == first:
-                        # So that the first save finds its programs compiled, and memory beside which a step has run.
                         with log.pause():
                             copy_to = memory_for_copy(state, train_step, state, batch, frozen)
-                            tried.append(taken(resume.parts(state), copy_to))
+                            store.prepare(resume.parts(state), copy_to)
                     ending = stopping(step) or step == config.steps
                     if due(step, config.preview.every):
                         with log.pause():

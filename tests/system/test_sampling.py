@@ -69,8 +69,11 @@ def test_killed_and_stopped_in_the_middle_it_ends_with_the_same_bytes_and_redoes
     assert len(np.unique(read_npz(out, ("labels",))["labels"])) == 10
 
 
-def test_it_stops_in_the_midst_of_a_batch(tmp_path, weights):
-    process, seen = start(weights, tmp_path / "out.npz", count=100_000, batch=100_000), ""
+@pytest.mark.parametrize(
+    ("name", "then"), [("out.npz", "goes on"), ("grid.png", "begins anew, since a grid is kept whole")]
+)
+def test_it_stops_in_the_midst_of_a_batch(tmp_path, weights, name, then):
+    process, seen = start(weights, tmp_path / name, count=100_000, batch=100_000), ""
     try:
         while "0/100000" not in seen:
             character = process.stderr.read(1)
@@ -80,4 +83,4 @@ def test_it_stops_in_the_midst_of_a_batch(tmp_path, weights):
         line = process.communicate(timeout=40)[1].splitlines()[-1]  # drawing them all takes minutes
     finally:
         process.kill()
-    assert line == "stopped after 0 of 100000 images; the same command goes on" and process.returncode == 1
+    assert line == f"stopped after 0 of 100000 images; the same command {then}" and process.returncode == 1
