@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dit_jax.checkpoints import checksums
@@ -254,8 +255,15 @@ def copied(tree: Tree, memory: str, into: Tree | None = None) -> Tree:
     into: such copies of before, which are overwritten.
     """
     targets = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory), shares(tree))
-    return jax.jit(_copy, out_shardings=targets, donate_argnums=1, keep_unused=True)(tree, into)
+    if into is None:
+        return jax.jit(_copy, out_shardings=targets)(tree)
+    return jax.jit(_copy_into, out_shardings=targets, donate_argnums=0)(into, tree, np.True_)
 
 
-def _copy(tree: Tree, into: Tree | None) -> Tree:
+def _copy(tree: Tree) -> Tree:
     return jax.tree.map(jnp.copy, tree)
+
+
+def _copy_into(into: Tree, tree: Tree, true: jax.Array) -> Tree:
+    """XLA copies twice if told no more than to copy, and takes new memory for that."""
+    return jax.tree.map(lambda old, new: jnp.where(true, new, old), into, tree)
