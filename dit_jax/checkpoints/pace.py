@@ -2,27 +2,15 @@
 
 import asyncio
 import math
-import os
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 import jax
 import orbax.checkpoint as ocp
 
-RATE = 25e6  # bytes per second: after what was written comes a rest that long
+READ, WRITTEN = 250e6, 25e6  # bytes per second: a rest that long comes after what was summed up, and what was written
 PAUSE = 2.0  # seconds before the first thing is done
-
-
-def make_way() -> None:
-    """From now on this thread, and those that it starts, run where the others leave a processor idle.
-
-    Linux knows that of a single thread, and does not let it come back.
-    """
-    if hasattr(os, "SCHED_IDLE"):
-        with suppress(OSError):  # a container may forbid it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class PacedArrays(ocp.type_handlers.ArrayHandler):
@@ -56,12 +44,16 @@ class Pace:
         """Before anything else: the step after the copy has had its share."""
         self.hurry.wait(PAUSE)
 
+    def rest(self, size: int) -> None:
+        """After so many bytes were summed up."""
+        self.hurry.wait(size / READ)
+
     async def wait_for_bytes(self, requested_bytes: int) -> None:
         while not self.hurry.is_set() and (seconds := self._until_my_turn()):
             await asyncio.to_thread(self.hurry.wait, seconds)
 
     async def release_bytes(self, requested_bytes: int) -> None:
-        self._next = time.monotonic() + requested_bytes / RATE
+        self._next = time.monotonic() + requested_bytes / WRITTEN
 
     def _until_my_turn(self) -> float:
         """Seconds after which to ask again; with 0 it is the caller's turn."""

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dit_jax.checkpoints import checksums
-from dit_jax.checkpoints.pace import Pace, PacedArrays, make_way
+from dit_jax.checkpoints.pace import Pace, PacedArrays
 from dit_jax.errors import InputError
 from dit_jax.files import require_renaming
 from dit_jax.parallel import processes
@@ -76,7 +76,7 @@ class CheckpointStore:
         registry.add(None, ocp.args.PyTreeSave, handler)
         self._manager = _Manager(self.folder, options=options, handler_registry=registry)
         self._kept: dict[str, Tree] | None = None
-        self._saving = Future()
+        self._thread, self._saving = ThreadPoolExecutor(1), Future()
         self._saving.set_result(None)
 
     def save(
@@ -86,18 +86,15 @@ class CheckpointStore:
 
         copy_to: "device" or "pinned_host" (JAX's names of memory). Then return as soon as the devices have been told to
         copy the arrays, which lie on a mesh and may then change, into that memory, and write the copies; it waits for
-        the checkpoint before, and for nothing else. On CPUs, which train meanwhile, writing takes what training leaves
-        of them, and a tenth of the time, until somebody waits for it.
+        the checkpoint before, and for nothing else. On CPUs, which train meanwhile, the thread rests most of the time,
+        until somebody waits for it.
 
         record: asked for it while the devices copy.
         """
         self.wait()
-        beside_training = copy_to is not None and jax.default_backend() == "cpu"
         written, sums = self._taken(trees, copy_to)
-        self._arrays.pace = Pace() if beside_training else None
-        thread = ThreadPoolExecutor(1, initializer=make_way if beside_training else None)
-        self._saving = thread.submit(self._save, step, written, sums, deepcopy(record()))
-        thread.shutdown(wait=False)
+        self._arrays.pace = Pace() if copy_to and jax.default_backend() == "cpu" else None
+        self._saving = self._thread.submit(self._save, step, written, sums, deepcopy(record()))
         if copy_to is None:
             self.wait()
 
@@ -123,9 +120,9 @@ class CheckpointStore:
         return copies, {name: checksums.by_devices(tree) for name, tree in on_devices.items()}
 
     def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array] | None, record: dict) -> None:
-        if self._arrays.pace:
-            self._arrays.pace.pause()
-        sums = sums or {name: checksums.by_this_thread(tree) for name, tree in trees.items()}
+        if pace := self._arrays.pace:
+            pace.pause()
+        sums = sums or {name: checksums.by_this_thread(tree, pace and pace.rest) for name, tree in trees.items()}
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         record = ocp.args.JsonSave({"checksums": {name: int(value) for name, value in sums.items()}} | record)
         try:
@@ -205,6 +202,7 @@ class CheckpointStore:
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             self._manager.close()
 
 
