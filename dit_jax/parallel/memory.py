@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from dit_jax.parallel import processes
 from dit_jax.parallel.sharding import shares
 
 LEAVE = 0.1  # of a device's memory, for what else a run does: previews, evaluation
@@ -23,11 +24,13 @@ def memory_for_copy(tree: Any, program: Callable, *arguments: Any) -> str | None
     """Where a copy of the tree finds room beside what a jitted program, which has run with such arguments, takes.
 
     "device" if each can hold its share, otherwise "pinned_host" (JAX's names), which CPUs do not have beside it: None.
+    The same in all processes, which call this together.
     """
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shares(tree)), strict=True)
     parts = (math.prod(share.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, share in leaves)
     taken = live_bytes(program.lower(*arguments).compile())  # which JAX still has: nothing is compiled anew
-    if taken + sum(parts) <= (1 - LEAVE) * device_bytes():
+    room = taken + sum(parts) <= (1 - LEAVE) * device_bytes()
+    if all(answer == "yes" for answer in processes.gather("yes" if room else "no")):
         return "device"
     return None if jax.default_backend() == "cpu" else "pinned_host"
 

@@ -85,6 +85,9 @@ def test_the_copy_goes_where_the_step_leaves_room(monkeypatch, step, platform, o
     for limit, place in ((6 * PART / 0.9 + 1, "device"), (6 * PART / 0.9 - 1, otherwise)):
         monkeypatch.setattr(memory, "device_bytes", lambda limit=limit: limit)
         assert memory.memory_for_copy(tree, step, tree) == place
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1e9)
+    monkeypatch.setattr(memory.processes, "gather", lambda value: [value, "no"])  # another process has none
+    assert memory.memory_for_copy(tree, step, tree) == otherwise
 
 
 def test_the_memory_of_a_device_is_what_it_says_and_a_cpu_has_its_share_of_the_machines(monkeypatch):
