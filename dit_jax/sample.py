@@ -83,8 +83,11 @@ def main() -> None:
         processes.say(f"{len(labels)} images from {weights.origin}: {told}")
         drawn = draw(generate, weights.params(replicated), (labels, *context), collection, mesh.size)
     if drawn < len(labels):
-        then = "begins anew, since a grid is kept whole" if OUT.value.endswith(".png") else "goes on"
-        processes.say(f"stopped after {drawn} of {len(labels)} images; the same command {then}", sys.stderr)
+        if collection is not None:
+            then = "goes on" if collection.goes_on else "begins anew, since a grid is kept whole"
+            print(
+                f"stopped after {drawn} of {len(labels)} images; the same command {then}", file=sys.stderr, flush=True
+            )
         if processes.alone():
             os._exit(1)  # what the devices still draw would otherwise be waited for
         sys.exit(1)

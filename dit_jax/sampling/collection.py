@@ -26,6 +26,8 @@ SETTINGS = "settings.json"
 class Collection(Protocol):
     """Pictures of the indices 0 to `count - 1`, some of which may be on disk already."""
 
+    goes_on: bool  # whether what a run that was stopped has drawn is there for the next
+
     def lacks(self, indices: range) -> bool:
         """Whether one of these pictures, counted up to the last there is, has still to be drawn."""
 
@@ -72,6 +74,8 @@ class Archive:
     Until it is complete, its parts lie in a folder beside it, `NAME.npz.parts`. The file itself is put together from
     them one at a time, so that memory does not grow with the number of pictures; while that happens, both are on disk.
     """
+
+    goes_on = True
 
     def __init__(self, path: Path, conditions: dict[str, np.ndarray], settings: dict[str, Any]):
         self.path, self.conditions, self.settings = path, conditions, json.loads(json.dumps(settings))
@@ -147,6 +151,8 @@ class PictureFolder:
     A PNG of the settings that is there is whole, and is not drawn again.
     """
 
+    goes_on = True
+
     def __init__(self, path: Path, names: Sequence[Any], settings: dict[str, Any]):
         self.files = [path / f"{i:06d}-{name}.png" for i, name in enumerate(names)]
         if not (path / SETTINGS).exists() and any(path.glob("*.png")):
@@ -167,6 +173,8 @@ class PictureFolder:
 
 class Grid:
     """One PNG of few pictures, kept in memory until it is made."""
+
+    goes_on = False
 
     def __init__(self, path: Path, captions: Sequence[str]):
         self.path, self.captions, self.images = path, captions, []

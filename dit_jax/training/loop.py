@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                             config,
                             class_names,
                             log.unfinished,
-                            copy_to=None if ending else copy_to,
+                            copy_to=copy_to,
                             autoencoder=inputs.autoencoder,
                         )
                     if ending:

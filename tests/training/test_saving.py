@@ -60,6 +60,23 @@ def test_a_copy_takes_the_place_of_the_one_before():
     assert pointers(again) == places and copy["split"].is_deleted()
 
 
+def test_saves_of_a_run_on_cpus_are_copied_into_the_same_memory(tmp_path):
+    states = [jax.tree.map(lambda leaf, i=i: leaf + i, state()) for i in range(3)]
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), states[0])
+    store = CheckpointStore(tmp_path)
+    store.prepare({"model": states[0]}, "device")
+    places = pointers(store._kept["model"])
+    for i, tree in enumerate(states):
+        store.save(i, {"model": tree}, dict, copy_to="device")
+        assert pointers(store._kept["model"]) == places
+    store.wait()
+    for i in reversed(range(3)):
+        restored = store.restore_newest(lambda record: {"model": shapes})
+        assert restored.step == i and all(map(np.array_equal, restored.trees["model"].values(), states[i].values()))
+        store.set_aside(i, tmp_path / "aside")
+    store.close()
+
+
 def pointers(tree: dict) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for leaf in tree.values() for shard in leaf.addressable_shards]
 
