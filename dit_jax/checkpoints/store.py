@@ -75,7 +75,7 @@ class CheckpointStore:
         )
         registry.add(None, ocp.args.PyTreeSave, handler)
         self._manager = _Manager(self.folder, options=options, handler_registry=registry)
-        self._kept: dict[str, Tree] | None = None
+        self._kept: dict[str, Tree] | None = None  # the last copies, on CPUs
         self._thread, self._saving = ThreadPoolExecutor(1), Future()
         self._saving.set_result(None)
 
@@ -93,7 +93,7 @@ class CheckpointStore:
         """
         self.wait()
         written, sums = self._taken(trees, copy_to)
-        self._arrays.pace = Pace() if copy_to and jax.default_backend() == "cpu" else None
+        self._arrays.pace = Pace() if self._kept else None
         self._saving = self._thread.submit(self._save, step, written, sums, deepcopy(record()))
         if copy_to is None:
             self.wait()
