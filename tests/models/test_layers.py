@@ -47,6 +47,12 @@ def test_gelu_and_its_gradient_are_those_of_the_tanh_form():
     np.testing.assert_allclose(jax.vmap(jax.grad(gelu_tanh))(jnp.float32(x)), slope, atol=2e-6)
 
 
+def test_nothing_but_its_input_is_kept_for_gelus_gradient():
+    x = jnp.ones((8, 16))
+    with_gradient = jax.jit(lambda x: jax.vjp(gelu_tanh, x)[1](gelu_tanh(x))).lower(x).compile()
+    assert with_gradient.as_text().count(" exponential(") == 2  # one of them again backward
+
+
 @pytest.mark.parametrize(("remat", "kept"), [("full", 0), ("dots", 2)])
 def test_dots_keeps_the_statistics_of_a_norm(remat, kept, capsys):
     x, row = jnp.ones((2, 3, 8)), jnp.ones((2, 1, 8))
