@@ -6,9 +6,8 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.config import DiTConfig
-from dit_jax.models.kernels import dot_product_attention
+from dit_jax.models.kernels import Attend, dot_product_attention
 from dit_jax.models.layers import Linear, RMSNorm, zeros
-from dit_jax.models.local_attention import Attend
 from dit_jax.models.positions import rotated
 
 Array = jax.Array | np.ndarray

@@ -14,7 +14,7 @@ from dit_jax.errors import InputError
 from dit_jax.models.abstract import abstract
 from dit_jax.models.attention import CrossAttention, SelfAttention
 from dit_jax.models.embedders import ContextEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
-from dit_jax.models.kernels import KERNELS, kernel_outputs_saveable
+from dit_jax.models.kernels import KERNELS, Attend, kernel_outputs_saveable
 from dit_jax.models.layers import (
     STATISTICS,
     LearnedNorm,
@@ -26,7 +26,7 @@ from dit_jax.models.layers import (
     plain_norm,
     zeros,
 )
-from dit_jax.models.local_attention import Attend, make_attend
+from dit_jax.models.local_attention import make_attend
 from dit_jax.models.runs import Run, runs
 from dit_jax.parallel.sharding import gather_parameters, shard_batch
 

@@ -1,5 +1,8 @@
 """What computes attention of all to all: XLA, cuDNN, or our TPU kernel, of one signature."""
 
+import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +12,32 @@ from jax.extend.core import Primitive
 from dit_jax.models.flash import OUTPUT, flash_attention
 from dit_jax.models.products import matmul, sum_over_rows, times_transpose
 
+Attend = Callable[[jax.Array, int], jax.Array]
+"""(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
+
 
 def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
     """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D)."""
     B, N, columns = qkv.shape
     q, k, v = qkv.reshape(B, N, -1, 3, head_dim).transpose(3, 0, 2, 1, 4)
     return dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, N, columns // 3)
+
+
+def by_cores(attend: Attend) -> Attend:
+    """The same in parts of the batch, as many as a CPU has cores for each device, and at most 8.
+
+    XLA computes the products of all heads on one core, and beside them, on another, what does not depend on them. A
+    part has every n-th image, so that images stay on their device.
+    """
+
+    def attend_in_parts(qkv: jax.Array, head_dim: int) -> jax.Array:
+        cores = (os.cpu_count() or 1) // jax.local_device_count()
+        parts = math.gcd(max(1, len(qkv) // jax.device_count()), min(max(1, cores), 8))
+        images = qkv.reshape(-1, parts, *qkv.shape[1:])
+        out = jnp.stack([attend(images[:, part], head_dim) for part in range(parts)], axis=1)
+        return out.reshape(*qkv.shape[:2], -1)
+
+    return attend_in_parts
 
 
 def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
@@ -25,7 +48,7 @@ def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, columns // 3)
 
 
-KERNELS = {"xla": xla_attention, "cudnn": cudnn_attention, "flash": flash_attention}
+KERNELS = {"xla": xla_attention, "cores": by_cores(xla_attention), "cudnn": cudnn_attention, "flash": flash_attention}
 
 
 def kernel_outputs_saveable(primitive: Primitive, *operands: Any, **parameters: Any) -> bool:

@@ -11,10 +11,7 @@ import numpy as np
 
 from dit_jax.config import AttentionKind
 from dit_jax.models.flash import flash_attention
-from dit_jax.models.kernels import dot_product_attention
-
-Attend = Callable[[jax.Array, int], jax.Array]
-"""(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
+from dit_jax.models.kernels import KERNELS, Attend, by_cores, dot_product_attention, xla_attention
 
 Array = jax.Array | np.ndarray
 
@@ -23,6 +20,8 @@ def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Atten
     """What computes a kind of attention; `everywhere` is the kernel of global attention."""
     if kind.name == "global":
         return everywhere
+    if everywhere is KERNELS["cores"]:
+        return by_cores(make_attend(kind, shifted, xla_attention))
     if kind.name == "mixed":
         window = make_attend(AttentionKind("window", kind.size), shifted, everywhere)
         return partial(mixed_attention, window=window, everywhere=everywhere)

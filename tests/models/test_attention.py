@@ -1,13 +1,20 @@
 """Every way of computing attention gives the same."""
 
+import os
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from dit_jax.config import AttentionKind
 from dit_jax.errors import InputError
 from dit_jax.models.flash import flash_attention
-from dit_jax.models.kernels import xla_attention
+from dit_jax.models.kernels import KERNELS, xla_attention
+from dit_jax.models.local_attention import make_attend
 from dit_jax.parallel.mesh import make_mesh
 
 CASES = [(256, 2, 72), (512, 1, 64), (16, 3, 32), (9, 2, 8)]  # tokens, heads, width of a head
@@ -50,6 +57,35 @@ def test_gradients_are_those_that_jax_derives_from_the_equation(tokens, heads, h
     for kernel in (xla_attention, lambda x, head_dim: flash_attention(x, head_dim, interpret=True)):
         gradient = jax.grad(lambda x: (kernel(x, head_dim) * weight).sum())(qkv)  # noqa: B023
         np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["global", "window", "mixed"])
+def test_a_devices_cores_share_its_images(name, monkeypatch):
+    """The same outputs and gradients as in one piece, and no device needs another's images."""
+    devices = jax.local_device_count()
+    qkv, weight = example(tokens=16, heads=2, head_dim=8, images=6 * devices)
+    rows = NamedSharding(make_mesh(), P("data"))
+    qkv, weight = jax.device_put((qkv, weight), rows)
+
+    def compiled(kernel):
+        attend = make_attend(AttentionKind(name, 2), True, KERNELS[kernel])
+
+        @jax.jit
+        def with_gradient(qkv, weight):
+            out, backward = jax.vjp(lambda x: attend(x, 8), qkv)
+            return out, *backward(weight)
+
+        return with_gradient.lower(qkv, weight).compile()
+
+    whole = compiled("xla")
+    for cores, parts in [(4, 2), (6, 6), (64, 2), (1, 1)]:  # of a device, and what divides its six images
+        monkeypatch.setattr(os, "cpu_count", lambda: cores * devices)  # noqa: B023
+        shared = compiled("cores")
+        assert shared.as_text().count(" dot(") == parts * whole.as_text().count(" dot(")
+        assert not re.search("all-|permute", shared.as_text())
+        for found, right in zip(shared(qkv, weight), whole(qkv, weight), strict=True):
+            assert found.sharding.is_equivalent_to(rows, 3)
+            np.testing.assert_allclose(found, right, atol=1e-6 * jnp.abs(right).max())
 
 
 def some_masks(count: int, tokens: int) -> np.ndarray:
