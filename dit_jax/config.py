@@ -265,9 +265,9 @@ def best_kernel(platform: str, tokens: int) -> str:
     """
     if platform == "tpu":
         return "flash" if tokens >= 256 else "xla"
-    if platform == "cpu":
-        return "cores" if tokens >= 64 else "xla"
-    return "cudnn"
+    if platform == "cpu" and tokens >= 64:
+        return "cores"
+    return "cudnn" if platform == "gpu" else "xla"
 
 
 def base_config() -> ConfigDict:
