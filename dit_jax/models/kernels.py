@@ -24,7 +24,7 @@ def xla_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
 
 
 def by_cores(attend: Attend) -> Attend:
-    """The same in parts of the batch, as many as a CPU has cores for each device, and at most 8.
+    """`attend` in parts of the batch, as many as a CPU has cores for each device, and at most 8.
 
     XLA computes the products of all heads on one core, and beside them, on another, what does not depend on them. A
     part has every n-th image, so that images stay on their device.

@@ -57,7 +57,7 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, d_out: jax.Array) -> tuple[jax.Array]:
-    # In another order than forward: where blocks are unrolled, XLA would keep what both have in common, three times x.
+    # In another order than forward: where blocks are unrolled, XLA would keep what both have in common.
     square = 0.044715 * x * x
     weight = jax.nn.sigmoid(GELU_SLOPE * x * (1 + square))
     return (d_out * weight * (1 + GELU_SLOPE * x * (1 - weight) * (1 + 3 * square)),)
