@@ -96,6 +96,20 @@ def test_a_chip_too_small_does_not_fit_and_the_estimate_is_bound_by_its_slowest_
     assert "no" in report.table([row]) and report.best([row]) is None
 
 
+def row_of(batch_size: int, compute: float, memory: float, fits: bool = True) -> dict:
+    return {"fits": fits, "batch_size": batch_size, "estimate": {"parts": {"compute": compute, "memory": memory}}}
+
+
+def test_the_best_takes_least_an_image_and_of_those_alike_least_altogether():
+    slow, fast = row_of(8, compute=2.0, memory=1.0), row_of(16, compute=2.0, memory=1.0)
+    assert report.best([slow, fast, row_of(16, 1.0, 1.0, fits=False), {"fits": True}]) is fast
+    alike, less = row_of(8, compute=1.999, memory=1.9), row_of(8, compute=2.0, memory=1.0)
+    assert report.best([alike, less]) is less
+    faster, cheaper = row_of(8, compute=1.9, memory=1.9), row_of(8, compute=2.0, memory=1.0)
+    assert report.best([faster, cheaper]) is faster
+    assert report.best([]) is None
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:0x4", "0*v5e:4x4", "h100:2x2", "cpu", "cpu:0", "2*cpu:4"])
 def test_an_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match="expected one such as"):
