@@ -55,9 +55,7 @@ class TrainingLog:
             path = workdir / "metrics.jsonl"
             _drop_lines_after(path, first_step)
             self._file = path.open("a")
-            from tensorboardX import SummaryWriter  # it imports PyTorch, where that is installed; one process writes
-
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = _summary_writer()(str(workdir / "tensorboard"), purge_step=first_step + 1)
         seconds = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             initial=first_step,
@@ -157,6 +155,19 @@ class TrainingLog:
         if self.peak_flops:
             speed["mfu"] = images * self.flops_per_image / self.peak_flops
         return speed
+
+
+def _summary_writer() -> type:
+    """tensorboardX's, without PyTorch: it would import that, where it is installed, which takes seconds."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

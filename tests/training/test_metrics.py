@@ -1,6 +1,8 @@
-"""What a run that goes on does with the `metrics.jsonl` that it finds."""
+"""What a run that goes on does with the `metrics.jsonl` that it finds, and what it imports to write."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,14 @@ def test_a_line_of_another_hand_is_named_and_the_file_left(tmp_path, line):
     with pytest.raises(InputError, match=f"line 2 of {file} "):
         open_log(tmp_path, first_step=9)
     assert file.read_text() == before
+
+
+def test_pytorch_is_not_imported(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from dit_jax.training.metrics import TrainingLog\n"
+        "sizes = {'log_every': 1, 'batch_size': 1, 'flops_per_image': 1, 'peak_flops': None}\n"
+        "TrainingLog(Path(sys.argv[1]), first_step=0, last_step=9, **sizes)\n"
+        "print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert shown.stdout.split() == ["False", "True"], shown.stderr

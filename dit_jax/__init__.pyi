@@ -1,0 +1,14 @@
+from . import evaluation as evaluation
+from .checkpoints.files import load_dit as load_dit
+from .checkpoints.files import save_dit as save_dit
+from .config import DiTConfig as DiTConfig
+from .diffusion.gaussian import GaussianDiffusion as GaussianDiffusion
+from .diffusion.guidance import guided as guided
+from .diffusion.samplers import ddim_invert as ddim_invert
+from .diffusion.samplers import ddim_sample as ddim_sample
+from .diffusion.samplers import ddpm_sample as ddpm_sample
+from .diffusion.samplers import dpm_solver_sample as dpm_solver_sample
+from .models.autoencoder import AutoencoderConfig as AutoencoderConfig
+from .models.autoencoder import AutoencoderKL as AutoencoderKL
+from .models.dit import DiT as DiT
+from .models.inception import InceptionV3 as InceptionV3
