@@ -40,7 +40,7 @@ def same(params: dict, weights: dict[str, np.ndarray]) -> bool:
 def test_features_and_logits_are_the_originals(weights):
     with np.load("tests/goldens/inception_64.npz") as case:
         assert set(case["keys"]) == set(weights)
-        outputs = jax.jit(InceptionV3.from_state_dict(weights))(case["images"])
+        outputs = jax.jit(InceptionV3.__call__)(InceptionV3.from_state_dict(weights), case["images"])
         assert {name: (a.shape, a.dtype) for name, a in outputs.items()} == {
             "pool": ((3, 2048), jnp.float32),
             "spatial": ((3, 2023), jnp.float32),
