@@ -1,13 +1,13 @@
 """The commands as a user types them: what they make, and the one line they say when something is wrong."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import refuses, succeeds
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -25,21 +25,6 @@ SMALL = [
 ]
 
 
-def run(command: str, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", f"dit_jax.{command}", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-
-
-def refuses(told: str, command: str, *args: str) -> None:
-    """Exit status 2, nothing on stdout, and one line that begins with `error:` after whatever progress was shown."""
-    result = run(command, *args)
-    line = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2, result.stderr
-    assert line.startswith("error: ") and told in line
-    assert "Traceback" not in result.stderr and not result.stdout
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Two classes of crops of scikit-learn's sample photographs."""
@@ -55,15 +40,14 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("digits")
-    result = run("train", "--config=configs/digits.py", f"--workdir={workdir}", "--config.steps=20", *SMALL)
-    assert result.returncode == 0, result.stderr
+    result = succeeds("train", "--config=configs/digits.py", f"--workdir={workdir}", "--config.steps=20", *SMALL)
     assert "trained to step 20" in result.stdout
     return workdir
 
 
 def test_photographs_from_a_folder_train_and_make_a_grid(tmp_path, photos):
     workdir = tmp_path / "run"
-    result = run(
+    succeeds(
         "train",
         "--config=configs/folder.py",
         f"--workdir={workdir}",
@@ -73,9 +57,7 @@ def test_photographs_from_a_folder_train_and_make_a_grid(tmp_path, photos):
         "--config.steps=10",
         *SMALL,
     )
-    assert result.returncode == 0, result.stderr
-    result = run("sample", f"--weights={workdir}", f"--out={tmp_path / 'grid.png'}", "--labels=0,1", "--count=8")
-    assert result.returncode == 0, result.stderr
+    succeeds("sample", f"--weights={workdir}", f"--out={tmp_path / 'grid.png'}", "--labels=0,1", "--count=8")
     assert Image.open(tmp_path / "grid.png").mode == "RGB"
 
 
@@ -83,10 +65,8 @@ def test_the_same_images_whatever_the_batch_and_the_devices(tmp_path, digits_run
     images = []
     for name, batch, devices in (("a", 20, 1), ("b", 6, 1), ("c", 20, 8)):
         out = tmp_path / f"{name}.npz"
-        result = run(
-            "sample", f"--weights={digits_run}", f"--out={out}", "--count=20", f"--batch={batch}", devices=devices
-        )
-        assert result.returncode == 0, result.stderr
+        args = [f"--weights={digits_run}", f"--out={out}", "--count=20", f"--batch={batch}"]
+        succeeds("sample", *args, devices=devices)
         arrays = read_npz(out, ("arr_0", "labels"))
         assert arrays["arr_0"].shape == (20, 8, 8, 1) and arrays["labels"].tolist() == [*range(10), *range(10)]
         images.append(arrays["arr_0"].astype(int))
@@ -97,8 +77,7 @@ def test_the_same_images_whatever_the_batch_and_the_devices(tmp_path, digits_run
 def test_raw_weights_draw_other_images_into_a_folder(tmp_path, digits_run):
     for ema in ("true", "false"):
         out = tmp_path / ema
-        result = run("sample", f"--weights={digits_run}", f"--out={out}", f"--ema={ema}", "--labels=3,7", "--seed=5")
-        assert result.returncode == 0, result.stderr
+        succeeds("sample", f"--weights={digits_run}", f"--out={out}", f"--ema={ema}", "--labels=3,7", "--seed=5")
     names = sorted(path.name for path in (tmp_path / "true").glob("*.png"))
     assert names == ["000000-3.png", "000001-7.png"]
     assert any((tmp_path / "true" / n).read_bytes() != (tmp_path / "false" / n).read_bytes() for n in names)
@@ -109,15 +88,14 @@ def test_a_damaged_newest_checkpoint_is_one_line_and_the_one_before_is_used(tmp_
     shutil.copytree(digits_run, run_folder)
     for path in (run_folder / "checkpoints" / "20").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:50])
-    result = run("sample", f"--weights={run_folder}", f"--out={tmp_path / 'a.png'}", "--labels=1")
-    assert result.returncode == 0 and "at step 10" in result.stdout
+    result = succeeds("sample", f"--weights={run_folder}", f"--out={tmp_path / 'a.png'}", "--labels=1")
+    assert "at step 10" in result.stdout
     assert "checkpoints/20 cannot be read" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_judge_writes_what_it_prints(tmp_path, digits_run):
-    run("sample", f"--weights={digits_run}", f"--out={tmp_path / 'a.npz'}", "--count=40")
-    result = run("judge", f"--samples={tmp_path / 'a.npz'}", "--data=digits", f"--out={tmp_path / 'j.json'}")
-    assert result.returncode == 0, result.stderr
+    succeeds("sample", f"--weights={digits_run}", f"--out={tmp_path / 'a.npz'}", "--count=40")
+    result = succeeds("judge", f"--samples={tmp_path / 'a.npz'}", "--data=digits", f"--out={tmp_path / 'j.json'}")
     judgement = json.loads((tmp_path / "j.json").read_text())
     assert f"{judgement['agreement']:.1%} of 40 images" in result.stdout
     assert judgement["classifier_accuracy"] > 0.97
@@ -125,9 +103,7 @@ def test_the_judge_writes_what_it_prints(tmp_path, digits_run):
 
 @pytest.mark.parametrize("command", ["train", "sample", "judge"])
 def test_help_shows_an_example(command):
-    result = run(command, "--help")
-    assert result.returncode == 0
-    assert f"python -m dit_jax.{command} --" in result.stdout
+    assert f"python -m dit_jax.{command} --" in succeeds(command, "--help").stdout
 
 
 def test_importing_the_package_imports_what_it_needs_only_when_used():
@@ -185,8 +161,7 @@ def test_a_truncated_photograph_stops_the_run_or_is_replaced_and_counted(tmp_pat
         *SMALL,
     ]
     refuses(str(broken), "train", *args, f"--workdir={tmp_path / 'run'}")
-    result = run("train", *args, f"--workdir={tmp_path / 'other'}", "--config.data.skip_corrupt=true")
-    assert result.returncode == 0, result.stderr
+    result = succeeds("train", *args, f"--workdir={tmp_path / 'other'}", "--config.data.skip_corrupt=true")
     assert "images could not be read; others took their places" in result.stderr
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refuses, succeeds
 from goldens.cases import DIT_CASES, TINY, seeded_dit
 from reference.dit import twin
 from reference.training import Trainer
 from safetensors import safe_open
-from system.test_commands import refuses, run
 
 from dit_jax import DiTConfig, __version__, save_dit
 from dit_jax.checkpoints.torch_layout import positions
@@ -34,12 +34,10 @@ def folder(tmp_path_factory) -> Path:
     """A training checkpoint, its averaged weights as .safetensors, and what becomes of those."""
     folder = tmp_path_factory.mktemp("weights")
     Trainer(twin(TINY)).save(folder / "0000007.pt")
-    result = run("convert", folder / "0000007.pt", folder / "weights.safetensors", "--num_heads=4")
-    assert result.returncode == 0, result.stderr
+    succeeds("convert", folder / "0000007.pt", folder / "weights.safetensors", "--num_heads=4")
     with ThreadPoolExecutor(2) as pool:
         made = [folder / "weights.pt", folder / "arrays", f"diffusers:{folder / 'pipeline'}"]
-        results = list(pool.map(lambda path: run("convert", folder / "weights.safetensors", path), made))
-    assert not any(result.returncode for result in results), results
+        list(pool.map(lambda path: succeeds("convert", folder / "weights.safetensors", path), made))
     return folder
 
 
@@ -71,8 +69,7 @@ def test_every_format_says_where_the_weights_come_from(folder, source, made):
 
 
 def test_a_folder_is_known_by_the_digest_of_its_arrays(folder, tmp_path):
-    result = run("convert", folder / "arrays", tmp_path / "again.pt")
-    assert result.returncode == 0, result.stderr
+    result = succeeds("convert", folder / "arrays", tmp_path / "again.pt")
     record = record_in(tmp_path / "again.pt")
     assert record["source"] == "arrays" and record["sha256"] == digest(folder / "arrays" / "weights")
     assert record["sha256"] in result.stdout
@@ -83,8 +80,7 @@ def test_a_folder_is_known_by_the_digest_of_its_arrays(folder, tmp_path):
 def test_an_autoencoder_that_a_file_has_no_room_for_is_mentioned(folder, tmp_path):
     shutil.copytree(folder / "pipeline", tmp_path / "pipeline")
     (tmp_path / "pipeline" / "vae").mkdir()
-    result = run("convert", tmp_path / "pipeline", tmp_path / "weights.safetensors")
-    assert result.returncode == 0, result.stderr
+    result = succeeds("convert", tmp_path / "pipeline", tmp_path / "weights.safetensors")
     assert f"left behind, since the file has no room for it: the autoencoder {tmp_path}/pipeline/vae" in result.stdout
 
 
@@ -126,10 +122,9 @@ def test_what_cannot_be_done_is_one_line(folder, tmp_path):
 
 
 def test_the_arguments_are_explained():
-    result = run("convert", "--help")
-    assert result.returncode == 0
+    lines = succeeds("convert", "--help").stdout.splitlines()
     for example in ("weights/xl", "mine.safetensors --weights=ema", "diffusers:pipeline", "runs/moved"):
-        assert any("python -m dit_jax.convert" in line and example in line for line in result.stdout.splitlines())
+        assert any("python -m dit_jax.convert" in line and example in line for line in lines)
     refuses("DESTINATION is missing; see --help", "convert", "weights.pt")
     refuses("SOURCE is missing; see --help", "convert")
 
@@ -139,8 +134,7 @@ def test_pictures_are_drawn_from_converted_weights(tmp_path, made):
     model = seeded_dit(DIT_CASES["dit_tiny_rgb_fixed_sigma"])
     save_dit(model, tmp_path / made)
     args = [f"--weights={tmp_path / made}", f"--out={tmp_path / 'pictures.npz'}", "--steps=3", "--labels=1,2,3"]
-    result = run("sample", *args)
-    assert result.returncode == 0, result.stderr
+    succeeds("sample", *args)
     pictures = read_npz(tmp_path / "pictures.npz", ["arr_0", "labels"])
     assert pictures["arr_0"].shape == (3, 16, 16, 3) and pictures["labels"].tolist() == [1, 2, 3]
 

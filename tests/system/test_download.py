@@ -6,13 +6,12 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from commands import refuses, succeeds
 from huggingface_hub import constants
 
 from dit_jax.checkpoints.published import PUBLISHED, HubRepository, find, locate
@@ -93,19 +92,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub" / "hub"))
 
 
-def download(*args: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dit_jax.download", *args]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
-
-
-def refuses(told: str, *args: str, **environment: str) -> None:
-    result = download(*args, **environment)
-    line = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2, result.stderr
-    assert line.startswith("error: ") and told in line, line
-    assert "Traceback" not in result.stderr and not result.stdout
-
-
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -120,9 +106,8 @@ def cut(site: Site, path: Path, after: int) -> None:
 
 
 def test_a_file_is_fetched_once_and_then_only_verified(site, tmp_path):
-    first = download("DiT-XL-2-256x256", f"--url={site.url}/file.pt")
-    second = download("DiT-XL-2-256x256", HF_HUB_OFFLINE="1")
-    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    first = succeeds("download", "DiT-XL-2-256x256", f"--url={site.url}/file.pt")
+    second = succeeds("download", "DiT-XL-2-256x256", HF_HUB_OFFLINE="1")
     path = tmp_path / "cache" / "dit_jax" / "DiT-XL-2-256x256.pt"
     assert path.read_bytes() == CONTENT and locate("DiT-XL-2-256x256") == path
     assert len(site.requests) == 1
@@ -134,11 +119,17 @@ def test_a_file_is_fetched_once_and_then_only_verified(site, tmp_path):
 
 def test_a_damaged_file_in_the_cache_is_not_passed_off_as_good(tmp_path):
     (tmp_path / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"damaged")
-    refuses("expected 6726825d; remove it", "inception-fid", f"--out={tmp_path}")
+    refuses("expected 6726825d; remove it", "download", "inception-fid", f"--out={tmp_path}")
 
 
 def test_a_wrong_checksum_leaves_nothing(site, tmp_path):
-    refuses("expected 6726825d; removed it", "inception-fid", f"--url={site.url}/file.pt", f"--out={tmp_path / 'out'}")
+    refuses(
+        "expected 6726825d; removed it",
+        "download",
+        "inception-fid",
+        f"--url={site.url}/file.pt",
+        f"--out={tmp_path / 'out'}",
+    )
     with pytest.raises(InputError, match=f"expected {'0' * 64}"):
         fetch(f"{site.url}/file.pt", tmp_path / "out" / "a.pt", ["0" * 64])
     assert not list((tmp_path / "out").iterdir())
@@ -146,15 +137,14 @@ def test_a_wrong_checksum_leaves_nothing(site, tmp_path):
 
 def test_a_given_checksum_is_compared_whatever_its_case(site, tmp_path):
     flags = [f"--url={site.url}/file.pt", f"--out={tmp_path}", f"--sha256={sha256(CONTENT).upper()}"]
-    result = download("DiT-XL-2-512x512", *flags)
-    assert result.returncode == 0 and "64 of 64 digits known and right" in result.stdout, result.stderr
+    assert "64 of 64 digits known and right" in succeeds("download", "DiT-XL-2-512x512", *flags).stdout
 
 
 def test_a_transfer_cut_short_has_no_final_name_and_goes_on_from_there(site, tmp_path):
     path = tmp_path / "DiT-XL-2-256x256.pt"
     site.cut_after = 300_000
     told = "of 512,000 bytes; the same command goes on from there"
-    refuses(told, "DiT-XL-2-256x256", f"--url={site.url}/file.pt", f"--out={tmp_path}")
+    refuses(told, "download", "DiT-XL-2-256x256", f"--url={site.url}/file.pt", f"--out={tmp_path}")
     assert not path.exists()
     have = path.with_suffix(".pt.part").stat().st_size
     assert 200_000 < have <= 300_000
@@ -218,7 +208,7 @@ def test_a_file_that_is_being_fetched_is_not_fetched_twice(site, tmp_path):
 def test_no_answer_no_server_no_file_and_no_folder_are_one_line_each(site, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/file.pt"
-        refuses("within 1 s", "DiT-XL-2-256x256", f"--url={url}", HF_HUB_DOWNLOAD_TIMEOUT="1")
+        refuses("within 1 s", "download", "DiT-XL-2-256x256", f"--url={url}", HF_HUB_DOWNLOAD_TIMEOUT="1")
     for told, address in (("Connection refused", url), ("404 Not Found", f"{site.url}/a.pt"), ("https://", "a.pt")):
         with pytest.raises(InputError, match=told):
             fetch(address, tmp_path / "a.pt")
@@ -228,14 +218,20 @@ def test_no_answer_no_server_no_file_and_no_folder_are_one_line_each(site, tmp_p
 
 
 def test_offline_variables_forbid_fetching(site):
-    refuses("TRANSFORMERS_OFFLINE is set", "DiT-XL-2-256x256", f"--url={site.url}/file.pt", TRANSFORMERS_OFFLINE="1")
-    refuses("HF_HUB_OFFLINE is set", REPOSITORY, f"--url={site.url}", HF_HUB_OFFLINE="1")
+    refuses(
+        "TRANSFORMERS_OFFLINE is set",
+        "download",
+        "DiT-XL-2-256x256",
+        f"--url={site.url}/file.pt",
+        TRANSFORMERS_OFFLINE="1",
+    )
+    refuses("HF_HUB_OFFLINE is set", "download", REPOSITORY, f"--url={site.url}", HF_HUB_OFFLINE="1")
     assert not site.requests
 
 
 def test_a_wrong_name_and_a_wrong_checksum_are_refused():
-    refuses("'DiT' is none of DiT-XL-2-256x256,", "DiT")
-    refuses("expected 8 to 64", "DiT-XL-2-256x256", "--sha256=xyz")
+    refuses("'DiT' is none of DiT-XL-2-256x256,", "download", "DiT")
+    refuses("expected 8 to 64", "download", "DiT-XL-2-256x256", "--sha256=xyz")
     for told, repository, digits in (
         ("for a single file", REPOSITORY, "0" * 64),
         ("no name of a", "some--one/a", None),
@@ -270,14 +266,12 @@ TINY = {
 
 def test_a_hub_repository_is_fetched_and_then_found_and_verified_offline(site, monkeypatch):
     publish(site, REPOSITORY, TINY)
-    first = download(REPOSITORY, f"--url={site.url}")
-    assert first.returncode == 0, first.stderr
+    first = succeeds("download", REPOSITORY, f"--url={site.url}")
     assert f"sha256 {sha256(CONTENT)} transformer/diffusion_pytorch_model.safetensors (64 of 64" in first.stdout
     assert "licence cc-by-nc-4.0" in first.stdout
     asked = len(site.requests)
     assert not any("msgpack" in path for path, _ in site.requests)
-    again = download(REPOSITORY, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
+    assert succeeds("download", REPOSITORY, HF_HUB_OFFLINE="1").stdout == first.stdout
     monkeypatch.setattr(constants, "ENDPOINT", site.url)
     folder = locate(REPOSITORY)
     assert f"{REPOSITORY}: {folder}" in first.stdout and len(site.requests) == asked

@@ -1,32 +1,22 @@
 """The evaluate command as a user types it, on digits; flags with hyphens too."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import refuses, succeeds
 
 from dit_jax.data.sources import open_source
 from dit_jax.files import digest
 
 
-def run(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dit_jax.evaluate", *map(str, args)]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    classifier = run(f"--make-classifier={folder / 'digits.safetensors'}", "--data=digits")
-    assert classifier.returncode == 0, classifier.stderr
+    classifier = succeeds("evaluate", f"--make-classifier={folder / 'digits.safetensors'}", "--data=digits")
     assert "of the images held out of digits" in classifier.stdout
     features = f"--features=classifier:{folder / 'digits.safetensors'}"
-    reference = run(f"--make-reference={folder / 'ref.npz'}", "--data=digits", features)
-    assert reference.returncode == 0, reference.stderr
+    reference = succeeds("evaluate", f"--make-reference={folder / 'ref.npz'}", "--data=digits", features)
     assert "449 of 1,797 images of digits" in reference.stdout
     np.savez(folder / "a.npz", arr_0=open_source("digits").images[:300], settings=np.array('{"steps": 50}'))
     return folder
@@ -35,8 +25,9 @@ def made(tmp_path_factory):
 def test_a_table_and_a_report_with_every_setting_and_no_fid(made):
     features = f"--features=classifier:{made / 'digits.safetensors'}"
     report_path = made / "new" / "report.json"
-    result = run(f"--samples={made / 'a.npz'}", f"--reference={made / 'ref.npz'}", features, f"--json={report_path}")
-    assert result.returncode == 0, result.stderr
+    result = succeeds(
+        "evaluate", f"--samples={made / 'a.npz'}", f"--reference={made / 'ref.npz'}", features, f"--json={report_path}"
+    )
     report = json.loads(report_path.read_text())
     distance = report["metrics"]["classifier_frechet_distance"]
     assert f"Fréchet distance of classifier features {distance:13.6g}" in result.stdout
@@ -59,8 +50,5 @@ def test_bad_input_is_one_line(made, tmp_path):
         "expected either --inception=FILE or --features": [samples, reference],
         "--samples needs --reference": [samples, features],
     }.items():
-        result = run(*args, f"--json={tmp_path / 'report.json'}")
-        line = result.stderr.strip().splitlines()[-1]
-        assert result.returncode == 2 and line.startswith("error: ") and told in line, result.stderr
-        assert "Traceback" not in result.stderr and not result.stdout
+        refuses(told, "evaluate", *args, f"--json={tmp_path / 'report.json'}")
     assert not (tmp_path / "report.json").exists()

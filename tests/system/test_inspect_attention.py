@@ -2,16 +2,14 @@
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import refuses, succeeds
 from goldens.cases import seeded_dit
 from PIL import Image
 
@@ -23,12 +21,6 @@ CONFIG = DiTConfig(
 QUICK = ("--data=digits", "--count=4", "--timesteps=100,900", "--ablate=3")
 
 
-def run(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dit_jax.inspect_attention", *map(str, args)]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
@@ -38,13 +30,13 @@ def made(tmp_path_factory):
         linear.kernel[...] = linear.kernel[...].at[layer, :, head].set(0)
         linear.bias[...] = linear.bias[...].at[layer, head].set(-3.0)
     save_dit(model, folder / "gated.safetensors")
-    result = run(
+    result = succeeds(
+        "inspect_attention",
         f"--weights={folder / 'gated.safetensors'}",
         f"--out={folder / 'report'}",
         f"--prune={folder / 'smaller.safetensors'}",
         *QUICK,
     )
-    assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
 
@@ -125,8 +117,8 @@ def test_a_report_on_the_smaller_network_says_what_was_cut(made):
     folder, _ = made
     out = folder / "smaller_report"
     few = ("--data=digits", "--count=2", "--timesteps=500", "--ablate=2")
-    result = run(f"--weights={folder / 'smaller.safetensors'}", f"--out={out}", *few)
-    assert result.returncode == 0 and "roles of 5 heads: " in result.stdout, result.stderr
+    result = succeeds("inspect_attention", f"--weights={folder / 'smaller.safetensors'}", f"--out={out}", *few)
+    assert "roles of 5 heads: " in result.stdout
     report = json.loads((out / "report.json").read_text())
     assert report["about"]["network"]["heads_left"] == [3, 2] and report["rules"][-1][0] == "cut"
     assert np.argwhere(np.array(report["roles"])[0, 0] == "cut").tolist() == [[1, 2]]
@@ -144,8 +136,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, tmp_path):
         "--labels=10: expected whole numbers from 0 to 9": [weights, out, *QUICK, "--labels=10"],
         "these heads have no gates": [f"--weights={plain}", out, *QUICK, f"--prune={tmp_path / 'a.safetensors'}"],
     }.items():
-        result = run(*args)
-        line = result.stderr.strip().splitlines()[-1]
-        assert result.returncode == 2 and line.startswith("error: ") and told in line, result.stderr
-        assert "Traceback" not in result.stderr
+        refuses(told, "inspect_attention", *args)
     assert {path.name for path in tmp_path.iterdir()} == {"plain.safetensors"}
