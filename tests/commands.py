@@ -1,6 +1,6 @@
 """The commands as typed, each in a process of its own.
 
-The processes are forks of one that has imported JAX, Flax and Orbax: most commands here take less time than that would.
+The processes are forks of one that has imported most libraries: that would take longer than what the commands do here.
 Each has one CPU device, unless `devices` says how many; any other keyword is a variable of its environment.
 """
 
@@ -18,7 +18,7 @@ import jax
 PATIENCE = 300  # seconds, for a busy machine
 
 _forks = get_context("forkserver")
-_forks.set_forkserver_preload(["jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "ml_collections.config_flags"])
+_forks.set_forkserver_preload(["jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "sklearn.datasets"])
 
 
 def succeeds(command: str, *args: str | Path, **options) -> CompletedProcess:
