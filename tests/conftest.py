@@ -26,4 +26,5 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no worker waits for the last file of another."""
-    items.sort(key=lambda item: item.path.parent.name != "system")
+    first = ("system", "training")
+    items.sort(key=lambda item: first.index(name) if (name := item.path.parent.name) in first else len(first))
