@@ -3,11 +3,8 @@
 Example:
   python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits --config.steps=2000
 
-On several hosts, the same command in a process on each of them, with a --workdir that all of them see. What is compiled
-is kept in its folder `compiled`, for the next start, unless JAX_COMPILATION_CACHE_DIR names another.
+On several hosts, the same command in a process on each of them, with a --workdir that all of them see.
 """
-
-import os
 
 from absl import flags
 from ml_collections import config_flags
@@ -23,8 +20,6 @@ flags.adopt_module_key_flags(processes)
 
 @processes.together(saves_when_stopped=True)
 def main() -> None:
-    import jax
-
     from dit_jax.training.loop import DivergedError, train
 
     config, workdir = CONFIG.value, WORKDIR.value
@@ -32,8 +27,6 @@ def main() -> None:
         config.lock()  # the config file is read at first use
     except OSError as error:
         raise InputError(str(error)) from error
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
     try:
         step = train(config, workdir)
     except DivergedError as error:
