@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Source this before training on several chips, where XLA then hides communication behind computation, or on a CPU.
-# Names were checked against jaxlib 0.10.2 and libtpu 0.0.42: one that they do not know ends the program at its start.
+# Names were checked against jaxlib 0.10.2 and 0.12.0.1, libtpu 0.0.42 and 0.0.50: one that is not known ends the program.
 # What is set already comes last and wins. Sources: openxla.org/xla/gpu_optimization_levels and
 # openxla.org/xla/flags_guidance, docs.nvidia.com/jax-toolbox, MaxText's benchmarks/xla_flags_library.py.
 
