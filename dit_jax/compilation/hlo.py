@@ -260,8 +260,10 @@ class Program:
                 result = instruction.outputs
                 if kind == BETWEEN_SLICES:
                     result = result[:1]
-                elif instruction.opcode.endswith("-start") and kind != "all-reduce":
-                    result = result[len(result) // 2 :] if kind != "collective-permute" else result[1:2]
+                elif instruction.opcode == "collective-permute-start":
+                    result = result[1:2]
+                elif len(result) > len(instruction.operands):  # what starts one holds its operands too
+                    result = result[len(result) // 2 :]
                 size = sum(output.bytes for output in result)
                 if kind == "all-reduce" and self._is_scattered(name, instruction):
                     kind, size = "reduce-scatter", size / group
@@ -305,6 +307,8 @@ def _instruction(root: str | None, name: str, rest: str) -> Instruction:
     end = _matching(rest) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].strip()
     opcode, _, rest = rest.partition("(")
+    if opcode == "fusion-start":  # of JAX 0.12 on GPUs; its shape is ((operands), outputs, context)
+        opcode, shape = "fusion", shape[1 + _matching(shape[1:]) :].rpartition(",")[0]
     close = _matching("(" + rest) - 2
     inside, attributes = rest[:close], rest[close + 1 :].lstrip(", ")
     if opcode in ("constant", "parameter"):

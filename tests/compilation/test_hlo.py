@@ -217,3 +217,52 @@ ENTRY %main (p: f32[64,32]) -> f32[64,32] {
     )
     sent = {kind: collective.bytes for kind, collective in program.collectives.items()}
     assert sent == {"reduce-scatter": 3 * 4 * 16 * 32, "all-gather": 3 / 4 * 4 * 64 * 32}
+
+
+def test_what_is_begun_and_awaited_counts_as_if_done_at_once():
+    """So XLA of JAX 0.12 writes for GPUs: a slice, a sum over devices with its operand in its shape, and an update."""
+    program = Program(
+        """HloModule step, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%take (stack: f32[28,64], i: s32[]) -> f32[1,64] {
+  %stack = f32[28,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,64]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+%put (stack: f32[28,64], one: f32[1,64], i: s32[]) -> f32[28,64] {
+  %stack = f32[28,64]{1,0} parameter(0)
+  %one = f32[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %more = f32[28,64]{1,0} dynamic-update-slice(%stack, %one, %i, %zero)
+}
+
+ENTRY %main (stack: f32[28,64], i: s32[]) -> f32[28,64] {
+  %stack = f32[28,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %fusion-start = ((f32[28,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%stack, %i), kind=kLoop, calls=%take
+  %one = f32[1,64]{1,0} fusion-done(%fusion-start)
+  %all-reduce-start = ((f32[1,64]{1,0}), f32[1,64]{1,0}) all-reduce-start(%one), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %sum = f32[1,64]{1,0} all-reduce-done(%all-reduce-start)
+  %fusion-start.1 = ((f32[28,64]{1,0}, f32[1,64]{1,0}, s32[]), f32[28,64]{1,0}, u32[]) fusion-start(%stack, %sum, %i), kind=kLoop, calls=%put
+  ROOT %more = f32[28,64]{1,0} fusion-done(%fusion-start.1)
+}
+"""  # noqa: E501
+    )
+    row, index = 4 * 64, 4
+    moved = {i.name: program.moved("main", i) for _, i, _ in program.instructions() if program.moved("main", i)}
+    assert moved == {
+        "fusion-start": 2 * row + index,
+        "all-reduce-start": 2 * row,
+        "fusion-start.1": 2 * row + index,
+    }
+    (collective,) = program.collectives.values()
+    assert collective.kind == "all-reduce" and collective.bytes == 2 * 7 / 8 * row
