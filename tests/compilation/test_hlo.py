@@ -224,12 +224,6 @@ def test_what_is_begun_and_awaited_counts_as_if_done_at_once():
     program = Program(
         """HloModule step, num_partitions=8
 
-%add (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[] parameter(0)
-  %y = f32[] parameter(1)
-  ROOT %sum = f32[] add(%x, %y)
-}
-
 %take (stack: f32[28,64], i: s32[]) -> f32[1,64] {
   %stack = f32[28,64]{1,0} parameter(0)
   %i = s32[] parameter(1)
