@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_jax.config import AttentionKind
 from dit_jax.models.flash import flash_attention
-from dit_jax.models.kernels import KERNELS, Attend, by_cores, dot_product_attention, xla_attention
+from dit_jax.models.kernels import KERNELS, Attend, attention_by_cores, dot_product_attention
 
 Array = jax.Array | np.ndarray
 
@@ -20,14 +20,13 @@ def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Atten
     """What computes a kind of attention; `everywhere` is the kernel of global attention."""
     if kind.name == "global":
         return everywhere
-    if everywhere is KERNELS["cores"]:
-        return by_cores(make_attend(kind, shifted, xla_attention))
     if kind.name == "mixed":
         window = make_attend(AttentionKind("window", kind.size), shifted, everywhere)
         return partial(mixed_attention, window=window, everywhere=everywhere)
     if kind.name == "window" and everywhere is flash_attention:
         return partial(windows_on_tpu, kind=kind, shifted=shifted)
-    return partial(local_attention, kind=kind, shifted=shifted)
+    attention = attention_by_cores if everywhere is KERNELS["cores"] else dot_product_attention
+    return partial(local_attention, kind=kind, shifted=shifted, attention=attention)
 
 
 def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere: Attend) -> jax.Array:
@@ -55,7 +54,9 @@ def windows_on_tpu(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: 
     return join(out.reshape(*windows.shape[:3], -1)).reshape(B, N, columns // 3)
 
 
-def local_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool) -> jax.Array:
+def local_attention(
+    qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted: bool, attention: Callable = dot_product_attention
+) -> jax.Array:
     """Windows or neighbourhoods of a square image: blocks of queries, each with the block of keys that it may need."""
     B, N, columns = qkv.shape
     side = math.isqrt(N)
@@ -64,7 +65,7 @@ def local_attention(qkv: jax.Array, head_dim: int, kind: AttentionKind, shifted:
     q, k, v = (
         jnp.moveaxis(cut(image[..., part, :]), -3, -2) for part, cut in enumerate((cut_queries, cut_keys, cut_keys))
     )
-    out = dot_product_attention(q, k, v, _block_mask(kind, side, shifted))  # (B, blocks, H, n, d)
+    out = attention(q, k, v, _block_mask(kind, side, shifted))  # (B, blocks, H, n, d)
     return join(jnp.moveaxis(out, -3, -2)).reshape(B, N, columns // 3)
 
 

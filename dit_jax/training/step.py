@@ -106,11 +106,16 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - config.ema_decay)
-        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
+        norms = {"grad_norm": optax.tree.norm(apart(grads)), "param_norm": optax.tree.norm(state.params)}
         metrics = terms | norms | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return update
+
+
+def apart(grads: dict) -> dict:
+    """The same: without it XLA on CPUs writes the gradients' squares to memory, AdamW's and their norm's in common."""
+    return jax.lax.platform_dependent(grads, cpu=jax.lax.optimization_barrier, default=lambda grads: grads)
 
 
 def accumulated(grad_fn: Callable, params: dict, examples: Examples, parts: int) -> tuple[dict, Metrics]:
