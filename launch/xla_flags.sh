@@ -27,7 +27,7 @@ tpu=(
 )
 
 cpu=(
-    # AdamW and the moving average in one pass over the parameters, which are larger than the caches.
+    # What is computed of the same arrays in one pass over them: AdamW's two moments, the slices that blocks are.
     --xla_backend_extra_options=xla_cpu_use_multi_output_fusion
     # Updates the parameters where they lie: without it each step copies all of them first.
     --xla_cpu_copy_insertion_use_region_analysis=true
