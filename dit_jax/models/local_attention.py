@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_jax.config import AttentionKind
 from dit_jax.models.flash import flash_attention
-from dit_jax.models.kernels import KERNELS, Attend, attention_by_cores, dot_product_attention
+from dit_jax.models.kernels import KERNELS, Attend, attention_by_cores, dot_product_attention, split_heads
 
 Array = jax.Array | np.ndarray
 
@@ -60,11 +60,9 @@ def local_attention(
     """Windows or neighbourhoods of a square image: blocks of queries, each with the block of keys that it may need."""
     B, N, columns = qkv.shape
     side = math.isqrt(N)
-    image = qkv.reshape(B, side, side, -1, 3, head_dim)
+    q, k, v = split_heads(qkv.reshape(B, side, side, columns), head_dim)
     cut_queries, join, cut_keys = _blocks(kind, side, shifted)
-    q, k, v = (
-        jnp.moveaxis(cut(image[..., part, :]), -3, -2) for part, cut in enumerate((cut_queries, cut_keys, cut_keys))
-    )
+    q, k, v = (jnp.moveaxis(x, -3, -2) for x in (cut_queries(q), cut_keys(k), cut_keys(v)))
     out = attention(q, k, v, _block_mask(kind, side, shifted))  # (B, blocks, H, n, d)
     return join(jnp.moveaxis(out, -3, -2)).reshape(B, N, columns // 3)
 
