@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.config import DiTConfig
-from dit_jax.models.kernels import Attend, dot_product_attention
+from dit_jax.models.kernels import Attend, dot_product_attention, split_heads
 from dit_jax.models.layers import Linear, RMSNorm, zeros
 from dit_jax.models.positions import rotated
 
@@ -65,7 +65,7 @@ class SelfAttention(nnx.Module):
         operands = self.qkv.precision.operands
         if self.q_norm is None and not self.rope:
             return qkv.astype(operands)
-        q, k, v = (qkv.reshape(*qkv.shape[:2], -1, 3, self.head_dim)[..., part, :] for part in range(3))
+        q, k, v = split_heads(qkv, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:

@@ -92,7 +92,9 @@ def xla_attention(qkv: jax.Array, head_dim: int, attention: Callable = dot_produ
 def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
     """The same by NVIDIA's fused kernel, which takes bfloat16 and heads whose width is a multiple of 8."""
     B, N, columns = qkv.shape
-    return jax.nn.dot_product_attention(*split_heads(qkv, head_dim), implementation="cudnn").reshape(B, N, columns // 3)
+    heads = qkv.reshape(B, N, -1, 3, head_dim)
+    q, k, v = (heads[..., part, :] for part in range(3))  # split_heads would move 1.5% more memory in a step of XL/2
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, columns // 3)
 
 
 KERNELS = {

@@ -32,8 +32,8 @@ def make_attend(kind: AttentionKind, shifted: bool, everywhere: Attend) -> Atten
 def mixed_attention(qkv: jax.Array, head_dim: int, *, window: Attend, everywhere: Attend) -> jax.Array:
     """Even heads by `window`, odd ones by `everywhere`: a mesh that splits heads evenly splits both evenly."""
     B, N, columns = qkv.shape
-    pairs = qkv.reshape(B, N, -1, 2, 3 * head_dim)
-    both = (attend(pairs[..., i, :].reshape(B, N, -1), head_dim) for i, attend in enumerate((window, everywhere)))
+    halves = jax.lax.split(qkv.reshape(B, N, -1, 2, 3 * head_dim), (1, 1), axis=3)
+    both = (attend(half.reshape(B, N, -1), head_dim) for half, attend in zip(halves, (window, everywhere), strict=True))
     return jnp.stack([out.reshape(B, N, -1, head_dim) for out in both], axis=3).reshape(B, N, columns // 3)
 
 
