@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion.gaussian import GaussianDiffusion
-from dit_jax.inspection.explicit import (
-    Inputs,
-    attention_weights,
-    explicit_forward,
-    join_heads,
-    split_heads,
-    weighted,
-)
+from dit_jax.inspection.explicit import Inputs, attention_weights, explicit_forward, join_heads, weighted
 from dit_jax.inspection.images import Images, noise_like
 from dit_jax.inspection.observe import images_at_once
 from dit_jax.models.dit import DiT
+from dit_jax.models.kernels import split_heads
 
 MASKS_AT_ONCE = 64  # heads taken out, one after the other, by one call
 
@@ -89,7 +83,7 @@ def losses_under_masks(
 
     def visit(block, tokens, modulation, conditions, seen, mask):
         def attend(qkv: jax.Array, head_dim: int) -> jax.Array:
-            q, k, v = split_heads(qkv, head_dim)
+            q, k, v = (part.swapaxes(1, 2) for part in split_heads(qkv, head_dim))
             out = weighted(attention_weights(q, k, seen), v)
             return join_heads(out * mask[:, None, None].astype(out.dtype))
 

@@ -62,13 +62,6 @@ def seen_keys(config: DiTConfig, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(list(masks.values())), np.array(which)
 
 
-def split_heads(qkv: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """qkv: (B, N, 3 H d), columns ordered by head, then [q, k, v] -> three of (B, H, N, d)."""
-    B, N, _ = qkv.shape
-    q, k, v = qkv.reshape(B, N, -1, 3, head_dim).transpose(3, 0, 2, 1, 4)
-    return q, k, v
-
-
 def attention_weights(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
     """q: (B, H, n, d), k: (B, H, N, d), seen: (2, n, N) by the parity of the head -> (B, H, n, N) float32."""
     scores = times_transpose(q * q.shape[-1] ** -0.5, k)

@@ -7,16 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import DiTConfig
-from dit_jax.inspection.explicit import (
-    Inputs,
-    attention_weights,
-    explicit_forward,
-    join_heads,
-    split_heads,
-    weighted,
-)
+from dit_jax.inspection.explicit import Inputs, attention_weights, explicit_forward, join_heads, weighted
 from dit_jax.inspection.statistics import HeadStatistics, finished, summed
 from dit_jax.models.dit import Conditions, DiT, DiTBlock
+from dit_jax.models.kernels import split_heads
 from dit_jax.models.layers import plain_norm
 
 CHUNK = 256  # queries whose weights exist at once
@@ -69,7 +63,7 @@ def observe(
 
         def attend(qkv: jax.Array, head_dim: int) -> jax.Array:
             nonlocal statistics, rows
-            q, k, v = split_heads(qkv, head_dim)
+            q, k, v = (part.swapaxes(1, 2) for part in split_heads(qkv, head_dim))
             if queries is not None:
                 rows = attention_weights(q[:, :, queries], k, seen[:, queries])
             heads, statistics = _attend_in_parts(q, k, v, seen, side, segments, chunk)
