@@ -1,20 +1,17 @@
 """Photographs to latents to a trained model to pictures, by commands; killed, restarted, and shared by processes."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from commands import refuses, succeeds
+from commands import Command, refuses, succeeds
 from flax import nnx
 from goldens.seeded import seeded_array
 from PIL import Image
@@ -26,20 +23,7 @@ from dit_jax.files import read_npz
 from dit_jax.models.autoencoder import abstract_autoencoder
 
 PHOTOS = 96
-
-# The encode command with small shards.
-ENCODE = """
-import sys
-from dit_jax import cli, encode
-from dit_jax.data import latents
-
-latents.SHARD_BYTES = 2**14
-cli.run(encode.main)
-"""
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+ENCODE = "system.encode_in_small_shards"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,26 +51,11 @@ def inputs(tmp_path_factory) -> list[str]:
     return [f"--data=folder:{photos}", f"--autoencoder={autoencoder}", "--image_size=32", "--batch=2"]
 
 
-def start(script: str, *args: str) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-c", script, *args]
-    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment())
-
-
-def finish(process: subprocess.Popen) -> str:
-    """What it printed."""
-    try:
-        printed, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    return printed
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, inputs) -> dict[str, bytes]:
     """The files of a data set of 48 shards that was made in one go."""
     out = tmp_path_factory.mktemp("unbroken") / "latents"
-    finish(start(ENCODE, *inputs, f"--out={out}"))
+    succeeds(ENCODE, *inputs, f"--out={out}")
     files = contents(out)
     assert len([name for name in files if name.startswith("latents-train")]) == PHOTOS // 2
     return files
@@ -97,15 +66,14 @@ def test_a_data_set_killed_five_times_has_the_bytes_of_an_unbroken_one(tmp_path,
     done = lambda: len(list((out / "done").glob("0*.json")))  # noqa: E731
     for _ in range(5):
         wanted = done() + random.randrange(4)
-        process = start(ENCODE, *inputs, f"--out={out}")
-        while process.poll() is None and (done() < wanted or not out.exists()):
+        process = Command(ENCODE, *inputs, f"--out={out}")
+        while process.status is None and (done() < wanted or not out.exists()):
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.03))
         process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+        assert process.status == -signal.SIGKILL, process.stderr
     assert not (out / "metadata.json").exists()
-    finish(start(ENCODE, *inputs, f"--out={out}"))
+    succeeds(ENCODE, *inputs, f"--out={out}")
     assert contents(out) == unbroken
 
 
@@ -114,8 +82,13 @@ def test_two_processes_make_the_bytes_of_one(tmp_path, inputs, unbroken):
         probe.bind(("127.0.0.1", 0))
         coordinator = f"--coordinator=127.0.0.1:{probe.getsockname()[1]}"
     args = [*inputs, f"--out={tmp_path / 'latents'}", coordinator, "--num_processes=2"]
-    processes = [start(ENCODE, *args, f"--process_id={index}") for index in (0, 1)]
-    first, second = [finish(process) for process in processes]
+    processes = [Command(ENCODE, *args, f"--process_id={index}") for index in (0, 1)]
+    try:
+        assert [process.wait() for process in processes] == [0, 0], [process.stderr for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    first, second = [process.stdout for process in processes]
     assert first.count(f"{PHOTOS // 2} images at ") == 2 and "images" not in second
     assert contents(tmp_path / "latents") == unbroken
 

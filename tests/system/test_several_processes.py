@@ -1,18 +1,16 @@
 """One program in several processes: real ones, on this machine, that are stopped, killed and started again."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import PATIENCE, Command
 from flax import nnx
 
 from dit_jax.evaluation.classifier import write_classifier
@@ -33,40 +31,28 @@ SMALL = [
     "--config.log_every=1",
 ]
 
-PATIENCE = 400  # seconds, for a busy machine
-
 # The parts in which it writes a line: those of two threads may be mixed.
 SAID_BY_GLOO = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |[\d\s]"
 
 
 class Pod:
-    """A command in so many processes with so many devices each; what they print goes to files."""
+    """A command in so many processes with so many devices each."""
 
-    def __init__(
-        self, folder: Path, count: int, devices: int, *args: str, of_process: dict[int, list[str]] | None = None
-    ):
+    def __init__(self, count: int, devices: int, *args: str | Path, of_process: dict[int, list[str]] | None = None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.printed = [folder / f"{i}.out" for i in range(count)]
-        self.told = [folder / f"{i}.err" for i in range(count)]
         self.processes = []
         for i in range(count):
             joining = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
             command = [*args, *(joining if count > 1 else []), *(of_process or {}).get(i, [])]
-            with self.printed[i].open("w") as out, self.told[i].open("w") as err:
-                environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-                process = subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-m", *command], stdout=out, stderr=err, env=environment
-                )
-            self.processes.append(process)
+            self.processes.append(Command(*command, devices=devices))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
-                self.wait(0)
+            if time.monotonic() > deadline or any(process.status is not None for process in self.processes):
+                self.kill()
                 raise AssertionError(self.account())
             time.sleep(0.02)
 
@@ -75,32 +61,30 @@ class Pod:
         deadline = time.monotonic() + timeout
         try:
             return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"not all have ended within {timeout} s:\n{self.account()}") from None
         finally:
-            for process in self.processes:
-                process.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
     def succeeds(self) -> str:
         """What the first process printed; the others print nothing, and on stderr nothing but libraries' logs."""
         assert self.wait() == [0] * len(self.processes), self.account()
-        for path in self.printed[1:]:
-            assert not re.sub(SAID_BY_GLOO, "", path.read_text()), self.account()
-        for path in self.told[1:]:
-            lines = path.read_text().splitlines()
+        for process in self.processes[1:]:
+            assert not re.sub(SAID_BY_GLOO, "", process.stdout), self.account()
+            lines = process.stderr.splitlines()
             assert not [line for line in lines if not re.match(r"[IWE]\d{4} ", line)], self.account()
-        return self.printed[0].read_text()
+        return self.processes[0].stdout
 
     def account(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in [*self.printed, *self.told])
+        told = [f"--- process {i}\n{p.stdout[-3000:]}\n{p.stderr[-3000:]}" for i, p in enumerate(self.processes)]
+        return "\n".join(told)
 
 
 def train(folder: Path, name: str, count: int, devices: int, *args: str, **more) -> Pod:
     """The train command for the run `name`."""
-    return Pod(
-        folder / f"{name}-{time.monotonic_ns()}", count, devices, "dit_jax.train", *SMALL, f"--workdir={folder / name}",
-        *args, **more,
-    )  # fmt: skip
+    return Pod(count, devices, "train", *SMALL, f"--workdir={folder / name}", *args, **more)
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -139,7 +123,7 @@ FOR_LONG = ["--config.steps=1000000", "--config.preview.every=0", "--config.chec
 def test_a_signal_to_one_process_makes_all_save_the_same_step(tmp_path, number, to):
     pod = train(tmp_path, "run", 2, 1, *FOR_LONG)
     pod.wait_until(lambda: len(losses(tmp_path / "run")) > 3)
-    pod.processes[to].send_signal(number)
+    pod.processes[to].send(number)
     stopped = int(re.search(r"stopped and saved at step (\d+)", pod.succeeds())[1])
     assert checkpoints(tmp_path / "run")[-1] == max(losses(tmp_path / "run")) == stopped
     more = train(tmp_path, "run", 1, 1, *FOR_LONG, f"--config.steps={stopped + 2}")
@@ -156,7 +140,7 @@ def test_when_a_process_is_killed_the_others_name_it_and_end_and_the_run_goes_on
     for killed, pod in pods.items():
         statuses = pod.wait(timeout=60)
         assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == LOST, pod.account()
-        line = pod.told[1 - killed].read_text().splitlines()[-1]
+        line = pod.processes[1 - killed].stderr.splitlines()[-1]
         assert line.startswith(f"error: process {killed} of 2 (host {socket.gethostname()}) is missing"), pod.account()
         assert line.endswith("the same command goes on from the last checkpoint")
     saved = checkpoints(tmp_path / "run0")[-1]
@@ -171,11 +155,11 @@ def test_an_error_in_one_process_ends_the_others_who_tell_it(tmp_path, command, 
         pod = train(tmp_path, "run", 2, 1, *FOR_LONG, of_process={failing: ["--config.data.source=folder:/nowhere"]})
     else:
         args = ["--data=digits", "--autoencoder=identity", "--image_size=8", f"--out={tmp_path / 'latents'}"]
-        pod = Pod(tmp_path, 2, 1, "dit_jax.encode", *args, of_process={failing: ["--data=folder:/nowhere"]})
+        pod = Pod(2, 1, "encode", *args, of_process={failing: ["--data=folder:/nowhere"]})
     statuses = pod.wait(timeout=60)
     assert statuses[failing] == 2 and statuses[1 - failing] == 1, pod.account()
-    assert "error: " in pod.told[failing].read_text() and "/nowhere" in pod.told[failing].read_text()
-    line = pod.told[1 - failing].read_text().strip().splitlines()[-1]
+    assert "error: " in pod.processes[failing].stderr and "/nowhere" in pod.processes[failing].stderr
+    line = pod.processes[1 - failing].stderr.strip().splitlines()[-1]
     assert re.match(rf"error: process {failing} of 2 \(host .*\) has ended: .*/nowhere", line), pod.account()
 
 
@@ -184,7 +168,7 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path):
     pictures = []
     for count in (1, 2):
         args = [f"--weights={tmp_path / 'run'}", f"--out={tmp_path / f'{count}.npz'}", "--count=150", "--batch=32"]
-        printed = Pod(tmp_path / f"sample{count}", count, 2, "dit_jax.sample", *args).succeeds()
+        printed = Pod(count, 2, "sample", *args).succeeds()
         assert printed.count("wrote") == 1
         pictures.append(read_npz(tmp_path / f"{count}.npz", ("arr_0",))["arr_0"].astype(int))
     assert pictures[0].shape == (150, 8, 8, 1)
@@ -202,7 +186,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     figures = []
     for count in (1, 2):
         report = tmp_path / f"{count}.json"
-        printed = Pod(tmp_path / f"evaluate{count}", count, 2, "dit_jax.evaluate", *args, f"--json={report}").succeeds()
+        printed = Pod(count, 2, "evaluate", *args, f"--json={report}").succeeds()
         assert printed.count("wrote") == 1
         figures.append(json.loads(report.read_text())["metrics"])
     assert figures[1] == pytest.approx(figures[0], rel=1e-5) and len(figures[0]) == 4
