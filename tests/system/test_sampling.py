@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
 
 def sample(weights, out, count=700, batch=32) -> list[str]:
     args = [f"--weights={weights}", f"--out={out}", "--labels=random", f"--count={count}", f"--batch={batch}"]
-    return ["sample", *args, "--steps=250", "--guidance=2"]
+    return ["sample", *args, "--steps=100", "--guidance=2"]
 
 
 def parts(out) -> dict[str, int]:
