@@ -113,7 +113,7 @@ def import_torch(purpose: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise InputError(f"{purpose} needs PyTorch: pip install 'dit_jax[torch]'") from error
+        raise InputError(f"{purpose} needs PyTorch: pip install torch") from error
     return torch
 
 
