@@ -327,14 +327,14 @@ def sample_posterior(moments: jax.Array, noise: jax.Array) -> jax.Array:
     return mean + jnp.exp(0.5 * jnp.clip(log_variance, -30, 20)) * noise
 
 
-def to_latents(config: AutoencoderConfig, z: jax.Array) -> jax.Array:
+def to_latents(z: jax.Array, scaling_factor: float, shift_factor: float) -> jax.Array:
     """What a diffusion model works on, of unit variance, from what the encoder gives."""
-    return (z - config.shift_factor) * config.scaling_factor
+    return (z - shift_factor) * scaling_factor
 
 
-def from_latents(config: AutoencoderConfig, x: jax.Array) -> jax.Array:
+def from_latents(x: jax.Array, scaling_factor: float, shift_factor: float) -> jax.Array:
     """What the decoder takes, from what a diffusion model works on."""
-    return x / config.scaling_factor + config.shift_factor
+    return x / scaling_factor + shift_factor
 
 
 def decode_pixels(vae: AutoencoderKL, latents: jax.Array, micro_batch: int = 4) -> jax.Array:
@@ -343,7 +343,8 @@ def decode_pixels(vae: AutoencoderKL, latents: jax.Array, micro_batch: int = 4) 
     latents: (B, h, w, C) of unit variance, as `to_latents` makes them -> (B, H, W, out_channels) pixels, about within
     [-1, 1]. micro_batch: images decoded at once; on a mesh, a multiple of the devices that share the latents.
     """
-    return in_parts(lambda x: decode_tiled(vae, from_latents(vae.config, x)), latents, micro_batch)
+    scale = vae.config.scaling_factor, vae.config.shift_factor
+    return in_parts(lambda x: decode_tiled(vae, from_latents(x, *scale)), latents, micro_batch)
 
 
 def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:

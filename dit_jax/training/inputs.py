@@ -12,7 +12,7 @@ from dit_jax.data.latents import LatentSource
 from dit_jax.data.sources import Source
 from dit_jax.data.words import Words, open_context
 from dit_jax.errors import InputError
-from dit_jax.models.autoencoder import sample_posterior
+from dit_jax.models.autoencoder import sample_posterior, to_latents
 from dit_jax.parallel.sharding import shard_batch
 from dit_jax.training.encoding import moments_shape
 from dit_jax.training.step import Prepare, as_read
@@ -91,4 +91,4 @@ def encode_and_draw(codec: Codec) -> Prepare:
 def drawn(moments: jax.Array, key: jax.Array, about: dict[str, Any]) -> jax.Array:
     """Latents of about unit variance from the posterior (Kingma & Welling 2013, sec. 2.4)."""
     noise = shard_batch(jax.random.normal(key, (*moments.shape[:-1], moments.shape[-1] // 2)))
-    return (sample_posterior(moments, noise) - about["shift_factor"]) * about["scaling_factor"]
+    return to_latents(sample_posterior(moments, noise), about["scaling_factor"], about["shift_factor"])
