@@ -2,7 +2,6 @@
 
 import numpy as np
 
-ROLES = ("local", "between", "global", "uniform", "sink")
 CUT = "cut"
 """What is said of a head that a block has lost and others have kept."""
 SINK = 0.5
