@@ -151,6 +151,7 @@ def test_much_keeps_every_bit_on_its_way_through_all_formats_within_memory(folde
         destination = f"diffusers:{tmp_path / made}" if made == "pipeline" else tmp_path / made
         peak = peak_memory("convert", tmp_path / source, destination, "--num_heads=16")
         peaks[f"{source} to {made}"] = (peak - least) / size
+        shutil.rmtree(tmp_path / source) if (tmp_path / source).is_dir() else (tmp_path / source).unlink()
     last = torch.load(tmp_path / "last.pt", weights_only=True, mmap=True)
     assert list(last) == list(weights)
     for name, tensor in weights.items():
