@@ -17,7 +17,8 @@ from dit_jax.checkpoints.files import find, format_of
 from dit_jax.checkpoints.tensor_files import PICKLES, SAFETENSORS, check_shapes, read_tensors, write_tensors
 from dit_jax.errors import InputError
 from dit_jax.files import read_json, replacing_folder, write_json
-from dit_jax.models.autoencoder import TILE, AutoencoderConfig, AutoencoderKL, abstract_autoencoder
+from dit_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, abstract_autoencoder
+from dit_jax.models.decoding import TILE
 
 CLASS_NAME = "AutoencoderKL"
 CONFIG = "autoencoder"

@@ -11,7 +11,8 @@ from flax import nnx
 from dit_jax.checkpoints import autoencoder_layout, files
 from dit_jax.errors import InputError
 from dit_jax.files import digest
-from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder, decode_pixels, in_parts
+from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
+from dit_jax.models.decoding import decode_pixels, in_parts
 
 MICRO_BATCH = 4  # images that a device decodes at once
 

@@ -8,12 +8,15 @@ import numpy as np
 from flax import nnx
 from goldens.seeded import seeded_weights
 
-from dit_jax import DiT, DiTConfig
+from dit_jax import AutoencoderConfig, AutoencoderKL, DiT, DiTConfig
+from dit_jax.models.autoencoder import abstract_autoencoder
 from dit_jax.models.dit import abstract_dit
 
 FOLDER = Path(__file__).parent
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10)
+
+TINY_AUTOENCODER = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
 
 DIT_CASES = {
     "dit_tiny": TINY,
@@ -54,6 +57,18 @@ def seeded_dit(config: DiTConfig) -> DiT:
     empty = nnx.merge(graph, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params))
     shapes = {name: a.shape for name, a in empty.to_state_dict().items() if name != "pos_embed"}
     return DiT.from_state_dict(config, seeded_weights(shapes))
+
+
+def seeded_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """As `seeded_dit`."""
+    shapes = {name: a.shape for name, a in empty_autoencoder(config).to_state_dict().items()}
+    return AutoencoderKL.from_state_dict(config, seeded_weights(shapes))
+
+
+def empty_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """All zeros."""
+    graph, shapes = abstract_autoencoder(config)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 def random_like(tree, scale: float):

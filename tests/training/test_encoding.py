@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from goldens.seeded import seeded_array
+from goldens.cases import seeded_autoencoder
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from dit_jax import AutoencoderConfig, AutoencoderKL
+from dit_jax import AutoencoderConfig
 from dit_jax.checkpoints.autoencoder_layout import save_autoencoder
 from dit_jax.checkpoints.codec import IDENTITY, Codec, open_codec
 from dit_jax.data import latents
@@ -42,12 +42,6 @@ def photos(tmp_path_factory) -> Path:
         crop = Image.fromarray(photo).crop((40 * index, 20 * index, 40 * index + 64, 20 * index + 64))
         crop.resize((SIZE, SIZE)).save(folder / str(label) / f"{index:02d}.png")
     return folder
-
-
-def seeded_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    graph, shapes = abstract_autoencoder(config)
-    fill = lambda path, leaf: seeded_array(jax.tree_util.keystr(path), leaf.shape, leaf.size**-0.25)  # noqa: E731
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, shapes))
 
 
 @pytest.fixture(scope="module")
