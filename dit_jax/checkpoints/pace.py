@@ -1,6 +1,7 @@
 """A checkpoint's writing, held back where the processors that do it are those that train."""
 
 import asyncio
+import dataclasses
 import math
 import threading
 import time
@@ -8,10 +9,12 @@ from collections.abc import Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import replica_slices  # has no public name, see `_in_parts`
 
 READ, WRITTEN = 250e6, 25e6  # bytes per second: a rest that long comes after what was summed up, and what was written
+PART = 2e6  # bytes: no part of an array that is written at once is smaller; 42 MB took as long as a step of S/8
 PAUSE = 2.0  # seconds before the first thing is done
-ASK_AGAIN = 0.25  # seconds; each array that waits does: every 0.1 s, and in threads, that took as much as writing
+ASK_AGAIN = 0.25  # seconds; each part that waits does: every 0.1 s, and in threads, that took as much as writing
 
 
 class PacedArrays(ocp.type_handlers.ArrayHandler):
@@ -32,7 +35,7 @@ class PacedArrays(ocp.type_handlers.ArrayHandler):
 
 
 class Pace:
-    """One array, or a device's part of one, is written at a time, with rests between, until `hurry` is set.
+    """One part of an array is written at a time, with rests between, until `hurry` is set.
 
     To Orbax it is the limit on bytes in flight, which it asks from several threads.
     """
@@ -62,3 +65,25 @@ class Pace:
                 return False
             self._next = math.inf  # until it is written
             return True
+
+
+def _in_parts(array: replica_slices.ReplicaSlices) -> replica_slices.ReplicaSlices:
+    """What Orbax is to write of an array: of one on CPUs as many equal slices of its first axis as `PART` allows."""
+    shape = array.local_shape
+    if not shape or next(iter(array.sharding.device_set)).platform != "cpu":
+        return array
+    size = math.prod(shape) * array.dtype.itemsize
+    parts = max(n for n in range(1, shape[0] + 1) if n == 1 or (shape[0] % n == 0 and size / n >= PART))
+    rows, slices = shape[0] // parts, []
+    for whole in array.replica_slices:
+        for first in range(0, shape[0], rows):
+            start = (whole.index[0].start or 0) + first
+            index = (slice(start, start + rows), *whole.index[1:])
+            data = whole.unsliced_data[first : first + rows]
+            slices.append(dataclasses.replace(whole, index=index, unsliced_data=data))
+    return dataclasses.replace(array, local_shape=(rows, *shape[1:]), replica_slices=slices)
+
+
+# Orbax asks its limiter once for each slice, and has no setting for how large they are.
+_on_host = replica_slices.transfer_arrays_to_host
+replica_slices.transfer_arrays_to_host = lambda *args, **options: [_in_parts(a) for a in _on_host(*args, **options)]

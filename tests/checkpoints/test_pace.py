@@ -1,4 +1,4 @@
-"""A save beside training: one array after the other with rests between, and no rests once somebody waits for it."""
+"""A save beside training: part after part with rests between, and no rests once somebody waits for it."""
 
 import threading
 import time
@@ -18,22 +18,24 @@ BYTES = 5 * 5 * 4  # of each array
 
 
 class Writes(NamedTuple):
-    """When the writing of each array began and ended, and whether the first one has."""
+    """When the writing of each part of an array began and ended, its bytes, and whether the first one has ended."""
 
     began: list[float]
     ended: list[float]
+    sizes: list[int]
     one_is_written: threading.Event
 
 
 @pytest.fixture
 def writes(monkeypatch) -> Writes:
-    writes = Writes([], [], threading.Event())
+    writes = Writes([], [], [], threading.Event())
     monkeypatch.setattr(pace, "PAUSE", 0.1)
 
     class Watched(pace.Pace):
         async def wait_for_bytes(self, requested_bytes: int) -> None:
             await super().wait_for_bytes(requested_bytes)
             writes.began.append(time.monotonic())
+            writes.sizes.append(requested_bytes)
 
         async def release_bytes(self, requested_bytes: int) -> None:
             writes.ended.append(time.monotonic())
@@ -58,6 +60,25 @@ def test_arrays_are_written_in_turn_with_rests_between(tmp_path, writes, monkeyp
     assert len(writes.began) == len(writes.ended) == 4
     for i in range(3):
         assert writes.began[i + 1] - writes.ended[i] >= 0.99 * BYTES / pace.WRITTEN
+
+
+def test_large_arrays_are_written_in_parts_and_read_whole(tmp_path, writes, monkeypatch):
+    monkeypatch.setattr(pace, "PART", 50)
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    layouts = {"large": ((24, 20), P("data", "tensor")), "odd": ((7, 5), P()), "number": ((), P())}
+    given = {
+        name: jax.device_put(np.random.default_rng(0).random(shape, np.float32), NamedSharding(mesh, spec))
+        for name, (shape, spec) in layouts.items()
+    }
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"model": given}, dict, copy_to="device")
+    store.wait()
+    assert sorted(writes.sizes) == [4] + 8 * 3 * [2 * 10 * 4] + [
+        140
+    ]  # six rows of ten on each device; sevenths are small
+    restored = store.restore_newest(lambda record: {"model": jax.eval_shape(lambda tree: tree, given)})
+    store.close()
+    assert all(np.array_equal(restored.trees["model"][name], value) for name, value in given.items())
 
 
 def test_who_waits_for_a_save_hurries_it(tmp_path, writes, monkeypatch):
