@@ -7,7 +7,8 @@ prepare
 run=runs/digits
 python=.venv/bin/python
 # A training step on a CPU asks for gigabytes anew each time: let malloc take large pages, and keep them between steps.
-malloc=hugetlb=1:mmap_max=0:arena_max=1:trim_threshold=68719476736
+# Without tcache_count=0 a thread may keep the few bytes left over beside them, and then they do not fit there again.
+malloc=hugetlb=1:mmap_max=0:arena_max=1:trim_threshold=68719476736:tcache_count=0
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.${malloc//:/:glibc.malloc.}}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$run/compiled}
 
