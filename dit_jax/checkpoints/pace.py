@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import math
 import threading
 import time
@@ -9,10 +10,11 @@ from collections.abc import Sequence
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.serialization import replica_slices  # has no public name, see `_in_parts`
+from orbax.checkpoint._src.serialization import replica_slices, types  # without public names, see their uses
 
 READ, WRITTEN = 250e6, 25e6  # bytes per second: a rest that long comes after what was summed up, and what was written
 PART = 2e6  # bytes: no part of an array that is written at once is smaller; 42 MB took as long as a step of S/8
+ONE_ARRAY = 1e-9  # GB: one that is larger still goes by itself
 PAUSE = 2.0  # seconds before the first thing is done
 ASK_AGAIN = 0.25  # seconds; each part that waits does: every 0.1 s, and in threads, that took as much as writing
 
@@ -21,6 +23,9 @@ class PacedArrays(ocp.type_handlers.ArrayHandler):
     """Orbax's, which writes all arrays at once, but for the pace that the next save is to keep, if any."""
 
     pace: "Pace | None" = None
+
+    def __init__(self, **options):
+        super().__init__(**options, callback=_Priorities(self))
 
     async def serialize(
         self,
@@ -32,6 +37,24 @@ class PacedArrays(ocp.type_handlers.ArrayHandler):
             for info in infos:
                 info.byte_limiter = self.pace
         return await super().serialize(values, infos, args)
+
+
+class _Priorities(types.DefaultSerializationStatusCallback):
+    """With a pace, an array of a tree is begun when the one before is written: all at once take 0.1 s of a processor.
+
+    Orbax does so where its handler's limit is `ONE_ARRAY`.
+    """
+
+    def __init__(self, arrays: PacedArrays):
+        self._arrays = arrays
+
+    def key_priority(self, keypath) -> types.TransferPriority:
+        priorities = types.TransferPriority
+        return priorities.ASYNCHRONOUS_DEPRIORITIZED if self._arrays.pace else priorities.SYNCHRONOUS
+
+
+# Of each tree Orbax warns then that no array comes first.
+logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("No prioritized params found"))
 
 
 class Pace:

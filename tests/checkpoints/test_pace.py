@@ -18,8 +18,9 @@ BYTES = 5 * 5 * 4  # of each array
 
 
 class Writes(NamedTuple):
-    """When the writing of each part of an array began and ended, its bytes, and whether the first one has ended."""
+    """When each part of an array was to be written, when that began and ended, its bytes, and whether one has ended."""
 
+    asked: list[float]
     began: list[float]
     ended: list[float]
     sizes: list[int]
@@ -28,11 +29,12 @@ class Writes(NamedTuple):
 
 @pytest.fixture
 def writes(monkeypatch) -> Writes:
-    writes = Writes([], [], [], threading.Event())
+    writes = Writes([], [], [], [], threading.Event())
     monkeypatch.setattr(pace, "PAUSE", 0.1)
 
     class Watched(pace.Pace):
         async def wait_for_bytes(self, requested_bytes: int) -> None:
+            writes.asked.append(time.monotonic())
             await super().wait_for_bytes(requested_bytes)
             writes.began.append(time.monotonic())
             writes.sizes.append(requested_bytes)
@@ -59,6 +61,7 @@ def test_arrays_are_written_in_turn_with_rests_between(tmp_path, writes, monkeyp
     store.close()
     assert len(writes.began) == len(writes.ended) == 4
     for i in range(3):
+        assert writes.asked[i + 1] >= writes.ended[i]  # Orbax begins an array when the one before is written
         assert writes.began[i + 1] - writes.ended[i] >= 0.99 * BYTES / pace.WRITTEN
 
 
