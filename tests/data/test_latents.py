@@ -212,6 +212,14 @@ def test_a_damaged_record_is_never_read_as_a_whole_one(copy, written, damage):
     assert damaged
 
 
+def test_a_record_with_a_label_that_the_metadata_does_not_name_is_refused(copy):
+    metadata = json.loads((copy / latents.METADATA).read_text())
+    (copy / latents.METADATA).write_text(json.dumps(metadata | {"class_names": metadata["class_names"][:1]}))
+    source = LatentSource(copy)
+    assert source[0]["label"] == 0
+    refused("record 1 of latents:.* does not begin as one with its label", source.__getitem__, 1)
+
+
 @pytest.mark.parametrize("damage", [truncate, flip_bytes, Path.unlink])
 @pytest.mark.parametrize("state", ["begun", "complete"])
 def test_a_damaged_shard_is_told_and_written_anew_by_the_next_start(tmp_path, written, state, damage):
