@@ -72,7 +72,7 @@ class Pace:
         self.hurry.wait(PAUSE)
 
     def rest(self, size: int) -> None:
-        """After so many bytes were summed up."""
+        """After so many bytes were summed up or deleted."""
         self.hurry.wait(size / READ)
 
     async def wait_for_bytes(self, requested_bytes: int) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax.checkpoints import pace
-from dit_jax.checkpoints.store import CheckpointStore
+from dit_jax.checkpoints.store import OUTDATED, CheckpointStore
 from dit_jax.parallel.mesh import make_mesh
 
 BYTES = 5 * 5 * 4  # of each array
@@ -115,6 +115,30 @@ def test_checksums_are_taken_with_rests_between(tmp_path, monkeypatch):
     store._saving.result()
     assert time.monotonic() - started >= 0.99 * 4 * BYTES / pace.READ
     store.close()
+
+
+def test_what_is_not_kept_is_deleted_with_rests_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "PAUSE", 0)
+    rests = []
+    monkeypatch.setattr(pace.Pace, "rest", lambda self, size: rests.append(size))
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"model": tree()}, dict)
+    sizes = [path.stat().st_size for path in (tmp_path / "1").rglob("*") if path.is_file()]
+    store.save(2, {"model": tree()}, dict, copy_to="device")
+    store._saving.result()
+    store.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    assert sorted(rests) == sorted(4 * [BYTES] + sizes)  # the arrays summed up, and the files
+
+
+def test_what_a_kill_left_to_be_deleted_goes_at_the_next_start(tmp_path):
+    (tmp_path / OUTDATED / "1").mkdir(parents=True)
+    (tmp_path / OUTDATED / "1" / "file").touch()
+    reader = CheckpointStore(tmp_path, write=False)
+    assert reader.steps() == [] and (tmp_path / OUTDATED / "1" / "file").exists()
+    reader.close()
+    CheckpointStore(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_held_back_where_nobody_trains_meanwhile(tmp_path, writes, monkeypatch):
