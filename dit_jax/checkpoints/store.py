@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +84,7 @@ class CheckpointStore:
         self._saving.set_result(None)
 
     def save(
-        self, step: int, trees: dict[str, Tree], record: Callable[[], dict], *, copy_to: str | None = None
+        self, step: int, trees: dict[str, Tree], record: Callable[[], dict | None], *, copy_to: str | None = None
     ) -> None:
         """Write the checkpoint of `step`; return when it is on disk.
 
@@ -94,12 +93,12 @@ class CheckpointStore:
         the checkpoint before, and for nothing else. On CPUs, which train meanwhile, the thread rests most of the time,
         until somebody waits for it.
 
-        record: asked for it while the devices copy.
+        record: asked for it when the arrays are there, by the thread; if it is None, nothing is written.
         """
         self.wait()
         written, sums = self._taken(trees, copy_to)
         self._arrays.pace = Pace() if self._kept else None
-        self._saving = self._thread.submit(self._save, step, written, sums, deepcopy(record()))
+        self._saving = self._thread.submit(self._save, step, written, sums, record)
         if copy_to is None:
             self.wait()
 
@@ -124,16 +123,22 @@ class CheckpointStore:
         on_devices = trees if copy_to == "pinned_host" else copies  # what they can take the sums of
         return copies, {name: checksums.by_devices(tree) for name, tree in on_devices.items()}
 
-    def _save(self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array] | None, record: dict) -> None:
+    def _save(
+        self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array] | None, record: Callable[[], dict | None]
+    ) -> None:
         pace = self._arrays.pace
         rest = pace and pace.rest
         if pace:
             pace.pause()
+        recorded = record()
+        if recorded is None:
+            return
         sums = sums or {name: checksums.by_this_thread(tree, rest) for name, tree in trees.items()}
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        record = ocp.args.JsonSave({"checksums": {name: int(value) for name, value in sums.items()}} | record)
+        sums = {name: int(value) for name, value in sums.items()}
+        items["record"] = ocp.args.JsonSave({"checksums": sums} | recorded)
         try:
-            self._manager.save(step, args=ocp.args.Composite(record=record, **items), force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             self._delete_outdated(rest)
         except Exception as error:
             raise InputError(
@@ -286,4 +291,4 @@ def _copy(tree: Tree) -> Tree:
 
 def _copy_into(into: Tree, tree: Tree, true: jax.Array) -> Tree:
     """XLA copies twice if told no more than to copy, and takes new memory for that."""
-    return jax.tree.map(lambda old, new: jnp.where(true, new, old), into, tree)
+    return jax.lax.cond(true, lambda old, new: new, lambda old, new: old, into, tree)

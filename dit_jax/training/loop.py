@@ -86,11 +86,12 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                             state,
                             config,
                             class_names,
-                            log.unfinished,
+                            log.unfinished(),
                             copy_to=copy_to,
                             autoencoder=inputs.autoencoder,
                         )
                     if ending:
+                        log.catch_up()
                         break
             except NotFiniteError as error:
                 store.wait()

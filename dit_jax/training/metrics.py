@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from dit_jax.files import parse_json, replacing
 from dit_jax.parallel.processes import is_first
+
+NOTHING = {"count": 0, "sums": {}}  # what a line begins with
 
 
 class NotFiniteError(Exception):
@@ -46,7 +48,7 @@ class TrainingLog:
     ):
         self.log_every, self.batch_size = log_every, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self._interval = dict(interval or {"count": 0, "sums": {}})
+        self._interval = interval or NOTHING
         self._late: tuple[int, dict[str, jax.Array]] | None = None
         self._timed_steps, self._clock = 0, None
         self._created = time.perf_counter()
@@ -72,21 +74,35 @@ class TrainingLog:
         if late:
             self._read(*late)
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Wait for the last step and read it too. Raises NotFiniteError."""
         late, self._late = self._late, None
         if late:
             self._read(*late)
 
-    def unfinished(self) -> dict:
-        """What the next line has so far, with the last step, which it waits for. Raises NotFiniteError."""
-        self._catch_up()
-        return self._interval
+    def unfinished(self) -> Callable[[], dict | None]:
+        """What the next line has so far with the last step, or None if that is not finite: to be asked in a thread.
+
+        The thread waits for the step, and the device has the next one meanwhile.
+        """
+        interval, late = self._interval, self._late
+
+        def ask() -> dict | None:
+            if late is None:
+                return interval
+            step, metrics = late
+            try:
+                with_it = _counted(interval, step, metrics)
+            except NotFiniteError:
+                return None
+            return NOTHING if step % self.log_every == 0 else with_it
+
+        return ask
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Wait for the last step and read it, then leave what is done in the block out of images/s."""
-        self._catch_up()
+        self.catch_up()
         started = time.perf_counter()
         yield
         if self._clock is not None:
@@ -115,25 +131,19 @@ class TrainingLog:
         self.close()
 
     def _read(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        if not all(math.isfinite(value) for value in metrics.values()):
-            raise NotFiniteError(step, metrics)
+        self._interval = _counted(self._interval, step, arrays)
         if self._clock is None:
             self.say(f"first step after {time.perf_counter() - self._created:.1f} s")
             self._clock = time.perf_counter()
         else:
             self._timed_steps += 1
-        sums = self._interval["sums"]
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value
-        self._interval["count"] += 1
         self._bar.update(step - self._bar.n)
         if step % self.log_every == 0:
             self._write(step)
 
     def _write(self, step: int) -> None:
         means = {name: total / self._interval["count"] for name, total in self._interval["sums"].items()}
-        self._interval = {"count": 0, "sums": {}}
+        self._interval = NOTHING
         if not self._writes:
             return
         self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
@@ -155,6 +165,15 @@ class TrainingLog:
         if self.peak_flops:
             speed["mfu"] = images * self.flops_per_image / self.peak_flops
         return speed
+
+
+def _counted(interval: Mapping, step: int, arrays: dict[str, jax.Array]) -> dict:
+    """An interval with one step more, which it waits for. Raises NotFiniteError."""
+    metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise NotFiniteError(step, metrics)
+    sums = {name: interval["sums"].get(name, 0.0) + value for name, value in metrics.items()}
+    return {"count": interval["count"] + 1, "sums": sums}
 
 
 def _summary_writer() -> type:

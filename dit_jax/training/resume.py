@@ -17,6 +17,7 @@ from dit_jax.checkpoints.store import CheckpointStore
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.parallel.processes import say
+from dit_jax.training.metrics import NOTHING
 from dit_jax.training.state import TrainState, abstract_state
 
 # How the network is computed may change from one start to the next; what it is may not.
@@ -34,21 +35,25 @@ def save(
     state: TrainState,
     config: ConfigDict,
     class_names: Sequence[str],
-    interval: Callable[[], dict] | None = None,
+    interval: Callable[[], dict | None] = lambda: NOTHING,
     copy_to: str | None = None,
     **more: Any,
 ) -> None:
     """Write the checkpoint of `step`: the state, the config, and what the log has of an unfinished line, if any.
 
-    copy_to: see `CheckpointStore.save`. `more` goes into the record: the autoencoder; where a state that was not
-    trained here comes from.
+    interval: see `TrainingLog.unfinished`; if it gives None, there will be no checkpoint. copy_to: see
+    `CheckpointStore.save`. `more` goes into the record: the autoencoder; where a state that was not trained here comes
+    from.
     """
 
-    def record() -> dict:
+    def record() -> dict | None:
+        line = interval()
+        if line is None:
+            return None
         return {
             "config": json.loads(config.to_json_best_effort()),
             "class_names": list(class_names),
-            "interval": interval and interval(),
+            "interval": line,
             "dit_jax": __version__,
             **more,
         }

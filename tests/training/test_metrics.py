@@ -4,14 +4,15 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from dit_jax.errors import InputError
-from dit_jax.training.metrics import TrainingLog
+from dit_jax.training.metrics import NotFiniteError, TrainingLog
 
 
-def open_log(workdir, first_step):
-    sizes = {"log_every": 1, "batch_size": 1, "flops_per_image": 1, "peak_flops": None}
+def open_log(workdir, first_step, log_every=1):
+    sizes = {"log_every": log_every, "batch_size": 1, "flops_per_image": 1, "peak_flops": None}
     return TrainingLog(workdir, first_step=first_step, last_step=9, **sizes)
 
 
@@ -33,6 +34,26 @@ def test_a_line_of_another_hand_is_named_and_the_file_left(tmp_path, line):
     with pytest.raises(InputError, match=f"line 2 of {file} "):
         open_log(tmp_path, first_step=9)
     assert file.read_text() == before
+
+
+def test_what_a_checkpoint_holds_of_a_line_stays_as_it_was_while_steps_are_added(tmp_path):
+    with open_log(tmp_path, first_step=0, log_every=3) as log:
+        asked = []
+        for step in range(1, 6):
+            log.dispatched(step, {"loss": jnp.float32(step)})
+            asked.append(log.unfinished())
+    counts = [(line["count"], line["sums"].get("loss")) for line in (ask() for ask in asked)]
+    assert counts == [(1, 1.0), (2, 3.0), (0, None), (1, 4.0), (2, 9.0)]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_checkpoint_is_told_of_a_step_that_is_not_finite_and_the_run_stopped_by_it(tmp_path, step):
+    with open_log(tmp_path, first_step=0, log_every=3) as log:
+        log.dispatched(1, {"loss": jnp.float32(1)})
+        log.dispatched(step, {"loss": jnp.float32("nan")})
+        assert log.unfinished()() is None
+        with pytest.raises(NotFiniteError, match=f"step {step}: loss=nan"):
+            log.catch_up()
 
 
 def test_pytorch_is_not_imported(tmp_path):

@@ -1,5 +1,7 @@
 """What is written of a state must stay as it was, and find room on the devices."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +34,7 @@ def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, 
     before = jax.tree.map(np.asarray, tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
     store = CheckpointStore(tmp_path)
-    record = {"interval": {"count": 3}}
-    store.save(1, {"model": tree}, lambda: record, copy_to=copy_to)
-    record["interval"]["count"] = 4
+    store.save(1, {"model": tree}, lambda: {"interval": {"count": 3}}, copy_to=copy_to)
     for _ in range(5):
         tree = step(tree)
     store.wait()
@@ -42,6 +42,27 @@ def test_a_save_holds_the_state_as_it_was_while_steps_change_it(tmp_path, step, 
     store.close()
     assert all(map(np.array_equal, *map(jax.tree.leaves, (restored.trees["model"], before))))
     assert restored.record["interval"] == {"count": 3}
+
+
+def test_training_goes_on_before_the_record_of_a_save_is_known(tmp_path):
+    known = threading.Event()
+
+    def record() -> dict:
+        assert known.wait(60)
+        return {"interval": {"count": 3}}
+
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"model": state()}, record, copy_to="device")
+    known.set()
+    store.close()
+    assert store.steps() == [1]
+
+
+def test_a_save_without_a_record_is_none(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"model": state()}, lambda: None, copy_to="device")
+    store.close()
+    assert store.steps() == [] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
