@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dit_jax.checkpoints import checksums
-from dit_jax.checkpoints.pace import ONE_ARRAY, Pace, PacedArrays
+from dit_jax.checkpoints.pace import Pace, PacedTrees
 from dit_jax.errors import InputError
 from dit_jax.files import require_renaming
 from dit_jax.parallel import processes
@@ -65,17 +65,8 @@ class CheckpointStore:
                 active_processes=set(range(jax.process_count()))
             ),
         )
-        registry = ocp.DefaultCheckpointHandlerRegistry()
-        # Processes that hold copies of an array share its writing, each a slice: of small ones that costs more, a
-        # program compiled for each slice, than it saves.
-        self._arrays = PacedArrays(min_slice_bytes_for_replica_parallel=2**20)
-        handler = ocp.PyTreeCheckpointHandler(
-            # Compression makes weights 8% smaller, and takes four times the processor that writing them does.
-            use_compression=False,
-            save_device_host_concurrent_gb=ONE_ARRAY,
-            type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, self._arrays)),
-        )
-        registry.add(None, ocp.args.PyTreeSave, handler)
+        registry, self._trees = ocp.DefaultCheckpointHandlerRegistry(), PacedTrees()
+        registry.add(None, ocp.args.PyTreeSave, self._trees)
         self._manager = _Manager(self.folder, options=options, handler_registry=registry)
         if write:
             self._delete_outdated()
@@ -97,7 +88,7 @@ class CheckpointStore:
         """
         self.wait()
         written, sums = self._taken(trees, copy_to)
-        self._arrays.pace = Pace() if self._kept else None
+        self._trees.pace = Pace() if self._kept else None
         self._saving = self._thread.submit(self._save, step, written, sums, record)
         if copy_to is None:
             self.wait()
@@ -126,7 +117,7 @@ class CheckpointStore:
     def _save(
         self, step: int, trees: dict[str, Tree], sums: dict[str, jax.Array] | None, record: Callable[[], dict | None]
     ) -> None:
-        pace = self._arrays.pace
+        pace = self._trees.pace
         rest = pace and pace.rest
         if pace:
             pace.pause()
@@ -220,8 +211,8 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Block until the last save is on disk. Raises InputError if it could not be written."""
-        if self._arrays.pace:
-            self._arrays.pace.hurry.set()
+        if self._trees.pace:
+            self._trees.pace.hurry.set()
         self._saving.result()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -95,6 +96,26 @@ def test_who_waits_for_a_save_hurries_it(tmp_path, writes, monkeypatch):
     restored = store.restore_newest(lambda record: {"model": shapes})
     store.close()
     assert all(np.array_equal(a, b) for a, b in zip(restored.trees["model"].values(), given.values(), strict=True))
+
+
+def test_trees_are_begun_and_ended_with_rests_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "PAUSE", 0)
+    store, started = CheckpointStore(tmp_path), time.monotonic()
+    store.save(1, {"model": tree(), "ema": tree(), "opt": tree()}, dict, copy_to="device")
+    store._saving.result()
+    store.close()
+    assert time.monotonic() - started >= 0.99 * (2 + 3) * pace.BETWEEN
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_orbax_alone_reads_what_was_written(tmp_path):
+    store, given = CheckpointStore(tmp_path), tree()
+    store.save(1, {"model": given}, lambda: {"name": "a run's"}, copy_to="device")
+    store.close()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        restored = manager.restore(1)
+    assert restored.record["name"] == "a run's"
+    assert all(map(np.array_equal, restored.model.values(), given.values()))
 
 
 def test_the_step_after_the_copy_is_let_alone(tmp_path, monkeypatch):
