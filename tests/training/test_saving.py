@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dit_jax.checkpoints import store as store_module
 from dit_jax.checkpoints.store import CheckpointStore, copied
 from dit_jax.parallel import memory
 from dit_jax.parallel.mesh import make_mesh
@@ -96,6 +97,27 @@ def test_saves_of_a_run_on_cpus_are_copied_into_the_same_memory(tmp_path):
         assert restored.step == i and all(map(np.array_equal, restored.trees["model"].values(), states[i].values()))
         store.set_aside(i, tmp_path / "aside")
     store.close()
+
+
+def test_memory_for_copies_is_read_while_it_is_idle_and_left_alone_by_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "IDLE", 0.001)
+    reads = threading.Semaphore(0)
+
+    def read(array: jax.Array, really=store_module._read_each_page) -> int:
+        reads.release()
+        return really(array)
+
+    monkeypatch.setattr(store_module, "_read_each_page", read)
+    store, tree = CheckpointStore(tmp_path), state()
+    store.prepare({"model": tree}, "device")
+    places = pointers(store._kept["model"])
+    for step in range(3):
+        for _ in range(2 * 8 * len(tree)):
+            assert reads.acquire(timeout=60)
+        store.save(step, {"model": tree}, dict, copy_to="device")
+        assert pointers(store._kept["model"]) == places
+    store.close()
+    assert not store._keeping.is_alive() and store.steps() == [2, 1, 0]
 
 
 def pointers(tree: dict) -> list[int]:
