@@ -52,6 +52,8 @@ class PacedTrees(ocp.PyTreeCheckpointHandler):
 
 
 class _PacedArrays(ocp.type_handlers.ArrayHandler):
+    """The arrays of `PacedTrees`: one part at a time, by the limiter that Orbax asks for each."""
+
     def __init__(self, trees: PacedTrees):
         # Processes that hold copies of an array share its writing, each a slice: of small ones that costs more, a
         # program compiled for each slice, than it saves.
@@ -103,12 +105,12 @@ class Pace:
         self.hurry.wait(PAUSE)
 
     async def wait_to_begin(self) -> None:
-        """A tree: the first one need not, others take turns with what is written of those before."""
+        """Before a tree is begun: the first one at once, others in turn with the parts of those before."""
         await self._wait_for_turn()
         self._next = time.monotonic() + BETWEEN
 
     def wait_to_end(self) -> None:
-        """A tree, all of which is written."""
+        """Before a tree is ended, all of which is written."""
         self.hurry.wait(BETWEEN)
 
     def rest(self, size: int) -> None:
