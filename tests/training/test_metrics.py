@@ -1,4 +1,4 @@
-"""What a run that goes on does with the `metrics.jsonl` that it finds, and what it imports to write."""
+"""What a run does with the `metrics.jsonl` that it finds, what a checkpoint is told of a line, and what is imported."""
 
 import json
 import subprocess
