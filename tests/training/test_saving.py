@@ -107,7 +107,12 @@ def test_memory_for_copies_is_read_while_it_is_idle_and_left_alone_by_a_save(tmp
         reads.release()
         return really(array)
 
+    def copied_alone(*args, really=store_module.copied):
+        assert not store._keeping or not store._keeping.is_alive()
+        return really(*args)
+
     monkeypatch.setattr(store_module, "_read_each_page", read)
+    monkeypatch.setattr(store_module, "copied", copied_alone)
     store, tree = CheckpointStore(tmp_path), state()
     store.prepare({"model": tree}, "device")
     places = pointers(store._kept["model"])
