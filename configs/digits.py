@@ -18,9 +18,7 @@ def get_config():
     c.data.flip = False
     c.data.threads = 1
     c.diffusion.schedule = "squaredcos_cap_v2"  # the linear one drowns so few pixels in noise too soon
-    c.model.update(
-        input_size=8, patch_size=2, in_channels=1, num_classes=10, hidden_size=96, depth=4, num_heads=3, unroll=4
-    )
+    c.model.update(input_size=8, patch_size=2, in_channels=1, num_classes=10, hidden_size=96, depth=4, num_heads=3)
     c.optimizer.learning_rate = 1e-3
     c.optimizer.decay = "cosine"
     c.checkpoint.every = 1_000

@@ -24,9 +24,7 @@ def get_config():
     c.data.flip = False
     c.data.threads = 1
     c.diffusion.schedule = "squaredcos_cap_v2"
-    c.model.update(
-        input_size=8, patch_size=2, in_channels=1, num_classes=1, hidden_size=96, depth=4, num_heads=3, unroll=4
-    )
+    c.model.update(input_size=8, patch_size=2, in_channels=1, num_classes=1, hidden_size=96, depth=4, num_heads=3)
     c.model.update(context_features=len(ALPHABET), context_tokens=16)
     c.optimizer.learning_rate = 1e-3
     c.optimizer.decay = "cosine"

@@ -23,7 +23,6 @@ def get_config(preset="DiT-XL/2"):
     c = base_config()
     c.steps = 3_000_000
     c.model.update(dataclasses.asdict(DiTConfig.preset(preset, input_size=64)))
-    c.model.remat = "dots"  # keeps matrix products and attention; what is between them is computed again
     c.data.source = "latents:data/imagenet512"
     c.data.threads = 4  # moments need no decoding, and more threads than this wait for each other
     c.checkpoint.update(every=10_000, keep_every=100_000)

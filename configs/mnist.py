@@ -21,9 +21,7 @@ def get_config():
     c.data.threads = 1
     c.diffusion.schedule = "squaredcos_cap_v2"
     c.diffusion.prediction = "x_start"  # learns the shape of a digit, which noise hides last, sooner than epsilon does
-    c.model.update(
-        input_size=32, patch_size=8, in_channels=1, num_classes=10, hidden_size=192, depth=4, num_heads=3, unroll=4
-    )
+    c.model.update(input_size=32, patch_size=8, in_channels=1, num_classes=10, hidden_size=192, depth=4, num_heads=3)
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 200
     c.optimizer.decay = "cosine"

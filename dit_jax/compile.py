@@ -59,7 +59,7 @@ def measured(config, devices, chip: str, platform: str) -> dict:
     from dit_jax.parallel import chips
     from dit_jax.parallel.mesh import make_mesh
 
-    programs.resolve(config, platform)
+    programs.resolve(WHAT.value, config, platform)
     return report.measure(WHAT.value, config, make_mesh(config.mesh, devices), chips.CHIPS.get(chip))
 
 

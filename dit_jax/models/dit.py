@@ -28,7 +28,7 @@ from dit_jax.models.layers import (
 )
 from dit_jax.models.local_attention import make_attend
 from dit_jax.models.runs import Run, runs
-from dit_jax.parallel.sharding import gather_parameters, shard_batch
+from dit_jax.parallel.sharding import gather_parameters, settled, shard_batch
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -146,8 +146,11 @@ class DiT(nnx.Module):
         return tokens, Conditions(c, context.astype(tokens.dtype), mask)
 
     def blocks_in(self, dtype: jnp.dtype) -> "DiTBlock":
-        """The stacked blocks with their parameters in the dtype that they compute in."""
-        return jax.tree.map(lambda parameter: parameter.astype(dtype), self.blocks)
+        """The stacked blocks with the parameters in the dtype that they compute in, but for those of `modulations`."""
+        blocks = jax.tree.map(lambda parameter: parameter.astype(dtype), self.blocks)
+        for name in ("adaLN_modulation", "norm1", "norm2"):
+            setattr(blocks, name, getattr(self.blocks, name))
+        return blocks
 
     def modulations(self, c: jax.Array) -> tuple[jax.Array, ...]:
         """c: (B, D) -> what `DiTBlock.modulation` makes of it for each block, stacked on the depth axis."""
@@ -168,11 +171,13 @@ class DiT(nnx.Module):
             def layer(tokens, block_and_modulation):
                 block, modulation = block_and_modulation
                 tokens, gates = gather_parameters(block)(tokens, modulation, conditions, attend)
-                return shard_batch(tokens), gates
+                tokens = shard_batch(tokens)
+                return (settled(tokens) if config.unroll > 1 else tokens), gates
 
-            if config.remat == "none":
+            if config.recomputed == "none":
                 return layer
-            return jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            # In a loop the backward pass is another one, and needs no barrier to compute anything again.
+            return jax.checkpoint(layer, policy=REMAT_POLICIES[config.recomputed], prevent_cse=config.unroll > 1)
 
         layers = [make_layer(kind, shifted) for kind, shifted in run.kinds]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from dit_jax.models.flash import OUTPUT, flash_attention
@@ -15,6 +16,7 @@ from dit_jax.models.products import matmul, sum_over_rows, times_transpose
 
 Attend = Callable[[jax.Array, int], jax.Array]
 """(qkv (B, N, 3 H d), columns ordered by head, then [q, k, v]; head_dim d) -> (B, N, H d)."""
+OPERANDS = "queries, keys and values"  # the name by which `jax.checkpoint` keeps them
 
 
 @jax.custom_vjp
@@ -93,7 +95,8 @@ def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
     """The same by NVIDIA's fused kernel, which takes bfloat16 and heads whose width is a multiple of 8."""
     B, N, columns = qkv.shape
     heads = qkv.reshape(B, N, -1, 3, head_dim)
-    q, k, v = (heads[..., part, :] for part in range(3))  # split_heads would move 1.5% more memory in a step of XL/2
+    # Kept for the backward pass as they are split here. Slices: split_heads would move 1.5% more in a step of XL/2.
+    q, k, v = (checkpoint_name(heads[..., part, :], OPERANDS) for part in range(3))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, columns // 3)
 
 
@@ -106,10 +109,11 @@ KERNELS = {
 
 
 def kernel_outputs_saveable(primitive: Primitive, *operands: Any, **parameters: Any) -> bool:
-    """A policy of jax.checkpoint: what cuDNN and our kernel return is kept, so that neither runs again backward.
+    """A policy of jax.checkpoint: what cuDNN is given is kept, and what it and our kernel return, so that neither runs
+    again backward.
 
     XLA's attention runs again: what its backward pass needs grows with the square of the length.
     """
     if primitive.name == "dot_product_attention_fwd_wrapper":  # cuDNN's, with the statistics of its softmax
         return True
-    return jax.checkpoint_policies.save_only_these_names(OUTPUT)(primitive, *operands, **parameters)
+    return jax.checkpoint_policies.save_only_these_names(OUTPUT, OPERANDS)(primitive, *operands, **parameters)

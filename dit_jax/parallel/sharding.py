@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,6 +47,21 @@ def shard_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def settled(x: jax.Array) -> jax.Array:
+    """x (B, ...) as an iteration of a loop hands it to the next: rounded to its dtype, and lying row by row.
+
+    Otherwise XLA's GPU compiler writes tokens in float32 beside bfloat16, or column by column: a step of XL/2 with 32
+    images moves 130 GB on an H100 so, and 109 with this.
+    """
+
+    def settle(x: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(range(x.ndim))))
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return settle(x)
+    return jax.shard_map(settle, in_specs=BATCH, out_specs=BATCH)(x)  # of a constrained whole, all would get all of it
 
 
 def replicate(x: jax.Array) -> jax.Array:

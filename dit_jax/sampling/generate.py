@@ -84,6 +84,7 @@ def make_program(
         context_mask: jax.Array | None = None,
     ) -> jax.Array:
         model = nnx.merge(graph, params)
+        model.blocks = model.blocks_in(config.precision.results)  # once: XLA's GPU compiler would do it in each step
         if config.num_classes == 1:
             labels = jnp.zeros_like(labels)  # an unconditional model, whatever classes its context names
         conditions = (labels, guidance, guidance_channels or None, context, context_mask)

@@ -1,5 +1,6 @@
 """One training step: the loss of the diffusion, its gradient, AdamW, and the moving average."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax.config import DiTConfig
+from dit_jax.config import DiTConfig, best_unroll
 from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.sharding import shard_batch
@@ -83,7 +84,9 @@ def make_update(
     config: ConfigDict, diffusion: GaussianDiffusion
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
     """The deterministic part of a step."""
-    graph, _ = abstract_dit(DiTConfig(**config.model))
+    model_config = DiTConfig(**config.model)
+    unroll = model_config.unroll or best_unroll(jax.default_backend(), model_config.depth)
+    graph, _ = abstract_dit(dataclasses.replace(model_config, unroll=unroll))
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 
     def loss_fn(params: dict, examples: Examples) -> tuple[jax.Array, Metrics]:

@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from dit_jax.compilation.programs import lower
+from dit_jax.compilation.programs import lower, resolve
 from dit_jax.config import base_config
 from dit_jax.parallel.mesh import make_mesh
 
@@ -21,3 +21,31 @@ def test_only_a_model_with_a_context_is_given_tokens(what):
     mesh = make_mesh({"data": 4, "fsdp": 2})
     assert "tensor<16x5x7xf32>" in lower(what, config_of(7, 5), mesh).as_text()
     assert "x5x7xf32>" not in lower(what, config_of(0, 0), mesh).as_text()
+
+
+@pytest.mark.parametrize(
+    ("what", "platform", "settled"),
+    [
+        ("train", "tpu", ("bfloat16", "xla", "dots", 1)),
+        ("train", "gpu", ("bfloat16", "cudnn", "dots", 3)),
+        ("train", "cpu", ("float32", "xla", "none", 3)),
+        ("sample", "gpu", ("bfloat16", "cudnn", "dots", 0)),
+    ],
+)
+def test_auto_is_settled_for_where_the_program_will_run(what, platform, settled):
+    fields, config = ("dtype", "attention_kernel", "remat", "unroll"), config_of(0, 0)
+    config.model.depth = 3
+    resolve(what, config, platform)
+    assert tuple(config.model[field] for field in fields) == settled
+    resolve(what, config, "tpu")  # what is settled stays
+    assert tuple(config.model[field] for field in fields[:3]) == settled[:3]
+
+
+def test_training_unrolls_the_blocks_where_that_is_faster_and_drawing_does_not():
+    def loops(what: str, unroll: int) -> int:
+        config = config_of(0, 0)
+        config.model.update(depth=3, unroll=unroll)
+        return lower(what, config, make_mesh({"data": 4, "fsdp": 2})).as_text().count("stablehlo.while")
+
+    assert loops("train", 1) - loops("train", 0) == 2  # forward and backward; others are those of random numbers
+    assert loops("sample", 1) == loops("sample", 0)

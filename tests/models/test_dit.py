@@ -11,10 +11,11 @@ from flax import nnx
 from goldens.cases import DIT_CASES, TINY, golden, relative_error, seeded_dit
 
 from dit_jax import DiT, DiTConfig, guided
+from dit_jax.compilation.hlo import Program
 from dit_jax.config import PRESETS
 from dit_jax.errors import InputError
-from dit_jax.models.dit import abstract_dit
-from dit_jax.models.kernels import kernel_outputs_saveable
+from dit_jax.models.dit import REMAT_POLICIES, abstract_dit
+from dit_jax.models.kernels import KERNELS, OPERANDS, kernel_outputs_saveable
 
 PARAMETERS = {  # FACTS: parameters with positions, at 256 pixels
     "DiT-S/2": 32_963_360,
@@ -132,6 +133,18 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(inputs):
     assert full < 0.75 * dots < 0.75 * none
 
 
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_what_is_not_kept_is_computed_again_unrolled_or_not(unroll, inputs):
+    x, t, y, _ = inputs
+
+    def operations(remat):
+        config = dataclasses.replace(TINY, depth=2, remat=remat, unroll=unroll)
+        gradient = jax.jit(jax.grad(lambda model: model(x, t, y).sum()))
+        return Program(gradient.lower(DiT(config, rngs=nnx.Rngs(0))).compile().as_text()).flops
+
+    assert operations("full") > 1.2 * operations("none")
+
+
 @pytest.mark.parametrize(("remat", "runs"), [("none", 2), ("dots", 2), ("full", 3)])
 def test_the_attention_kernel_runs_again_backward_only_if_everything_does(remat, runs, inputs):
     x, t, y, _ = inputs
@@ -144,6 +157,25 @@ def test_jax_calls_cudnn_by_the_name_that_the_policy_knows():
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     assert kernel_outputs_saveable(cudnn._dot_product_attention_fwd_p_wrapper)
+
+
+def test_dots_keeps_what_cudnn_is_given_and_not_the_product_that_it_is_cut_from(capsys, monkeypatch):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q * k * v)
+    x, kernel = jnp.ones((2, 4, 6)), jnp.ones((6, 3 * 6))
+    attention = jax.checkpoint(lambda x: KERNELS["cudnn"](x @ kernel, 3), policy=REMAT_POLICIES["dots"])
+    jax.ad_checkpoint.print_saved_residuals(attention, x)
+    printed = capsys.readouterr().out
+    assert printed.count(f"f32[2,4,2,3] named '{OPERANDS}'") == 3
+    assert "f32[2,4,18]" not in printed
+
+
+@pytest.mark.parametrize(("unroll", "settled"), [(0, 0), (1, 0), (2, 1)])
+def test_unrolled_blocks_hand_on_their_tokens_as_a_loop_does(unroll, settled, inputs):
+    x, t, y, _ = inputs
+    program = jax.make_jaxpr(DiT(dataclasses.replace(TINY, depth=2, unroll=unroll), rngs=nnx.Rngs(0)))(x, t, y)
+    (scan,) = (equation for equation in program.eqns if equation.primitive.name == "scan")
+    assert scan.params["unroll"] == max(1, unroll)
+    assert str(scan.params["jaxpr"]).count("layout_constraint[") == settled  # in each block
 
 
 def test_depth_is_one_scan(inputs):

@@ -1,8 +1,10 @@
 import math
 import re
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -17,6 +19,7 @@ from dit_jax.parallel.sharding import (
     gather_parameters,
     parameter_spec,
     require_shards,
+    settled,
     shard_batch,
     shares,
     state_sharding,
@@ -89,6 +92,16 @@ def test_a_batch_that_does_not_split_evenly_is_refused(batch_size, parts):
 def test_outside_a_mesh_nothing_is_constrained():
     x = jnp.ones((3, 2))
     assert shard_batch(x) is x
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_tokens_are_settled_where_they_are(sizes):
+    tokens = jnp.arange(24.0).reshape(4, 3, 2)
+    with jax.set_mesh(make_mesh(sizes)) if sizes else nullcontext():
+        step = jax.jit(lambda x: jax.vjp(lambda x: settled(shard_batch(x)), x)[1](x)[0])
+        program = step.lower(tokens).compile().as_text()
+        np.testing.assert_array_equal(step(tokens), tokens)
+    assert not re.search("all-(gather|reduce|to-all)|collective-permute", program)
 
 
 @pytest.mark.parametrize(("sizes", "copies"), [({"data": 8}, 0), ({"data": 1, "fsdp": 8}, 1)])

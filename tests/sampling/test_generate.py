@@ -1,5 +1,7 @@
 """Pictures from labels and keys."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ from goldens.cases import TINY, seeded_dit
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax import GaussianDiffusion, ddpm_sample, guided
+from dit_jax.checkpoints.codec import IDENTITY
 from dit_jax.diffusion.samplers import initial_noise
 from dit_jax.errors import InputError
 from dit_jax.parallel.mesh import make_mesh
-from dit_jax.sampling.generate import image_keys, make_generate, random_labels, to_uint8
+from dit_jax.sampling.generate import image_keys, make_generate, make_program, random_labels, to_uint8
 
 PROCESS = {"schedule": "linear", "steps": 1000, "prediction": "epsilon", "variance": "learned_range", "loss": "mse"}
 SETTINGS = {"sampler": "ddpm", "steps": 4, "guidance": 2.0, "guidance_channels": 3, "clip_denoised": True}
@@ -66,6 +69,14 @@ def draw(params, batch, devices):
 def test_an_image_depends_on_its_seed_and_index_only(params, hundred, batch, devices):
     difference = levels_apart(draw(params, batch, devices), hundred)
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-4
+
+
+def test_weights_are_cast_once_for_all_steps(params):
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    program = make_program(config, PROCESS, IDENTITY, **SETTINGS).trace(params, {}, np.arange(2), image_keys(0, 0, 2))
+    (steps,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan")
+    kernel = params["blocks"]["mlp"]["fc1"]["kernel"].shape
+    assert {str(value.aval.dtype) for value in steps.invars if value.aval.shape == kernel} == {"bfloat16"}
 
 
 def test_seeds_and_indices_give_different_images(generate, params, eight):

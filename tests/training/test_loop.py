@@ -272,7 +272,7 @@ def test_newest_checkpoints_and_milestones_are_kept(tmp_path):
         ({"log_every": 0}, "log_every=0: expected 1 or more"),
         ({"checkpoint.keep": 0}, "expected 1 or more"),
         ({"model.mlp_ratio": 0.0}, "at least 1 wide"),
-        ({"model.unroll": 0}, "unroll=0: expected 1 to 1000000"),
+        ({"model.unroll": -1}, "and unroll are 0 or positive"),
         ({"model.depth": 10**12}, "depth=1000000000000: expected 1 to 1000000"),
         ({"sample.guidance": float("nan")}, "expected a finite number"),
         ({"data.source": "nonsense"}, "unknown data source"),
