@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dit_jax import auto
 from dit_jax.errors import InputError
 
 # depth, width, heads (Peebles & Xie 2023, table 1); the number after the slash is the patch size
@@ -240,56 +241,23 @@ class DiTConfig:
         """What computes attention, `auto` resolved for the default backend."""
         if self.attention_kernel != "auto":
             return self.attention_kernel
-        return best_kernel(jax.default_backend(), self.tokens)
+        kernel = auto.attention_kernel(jax.default_backend(), self.tokens, self.head_width, self.precision.operands)
+        return "xla" if kernel == "cudnn" and not auto.has_fused_attention(jax.devices()[0]) else kernel
 
     @property
     def recomputed(self) -> str:
         """What the backward pass computes again, `auto` resolved for the default backend."""
-        return best_remat(jax.default_backend()) if self.remat == "auto" else self.remat
+        return auto.remat(jax.default_backend()) if self.remat == "auto" else self.remat
 
     @property
     def products(self) -> str:
         """The `dtype` of matrix products, `auto` resolved for the default backend."""
-        return best_dtype(jax.default_backend()) if self.dtype == "auto" else self.dtype
+        return auto.dtype(jax.default_backend()) if self.dtype == "auto" else self.dtype
 
     @property
     def precision(self) -> Precision:
         """The same, as the dtypes of what goes into a product and of what comes out."""
         return PRECISIONS[self.products]
-
-
-def best_dtype(platform: str) -> str:
-    """Of matrix products: what a platform multiplies fast; float32 on CPUs, of which few multiply bfloat16."""
-    return "float32" if platform == "cpu" else "bfloat16"
-
-
-def best_remat(platform: str) -> str:
-    """What the backward pass computes again: on CPUs, which have the memory, nothing. S/2 trains a ninth faster so."""
-    return "none" if platform == "cpu" else "dots"
-
-
-def best_unroll(platform: str, depth: int) -> int:
-    """Blocks in one iteration of the scan over depth, in training.
-
-    On a GPU a scan copies what each block leaves for the backward pass into a stack: by its compiled step XL/2 moves
-    113 GB on each of eight H100, unrolled 87. TPUs write it there at once. On a CPU of two cores S trains 1.06 to 1.11
-    times as fast unrolled. The forward pass alone is no faster anywhere.
-    """
-    return 1 if platform == "tpu" else depth
-
-
-def best_kernel(platform: str, tokens: int) -> str:
-    """What computes attention best on a platform.
-
-    On TPUs XLA's own is as good for few tokens, by the memory traffic of compiled steps: of B at 64 tokens it moves 7.0
-    GB where the kernel, whose blocks are of 128 tokens, moves 7.4; of XL at 256 tokens 28 and 20, of B at 1,024 96
-    and 39. On a CPU of two cores S trains 1.03 times as fast at 256 tokens by cores, and at 16 no faster.
-    """
-    if platform == "tpu":
-        return "flash" if tokens >= 256 else "xla"
-    if platform == "cpu" and tokens >= 64:
-        return "cores"
-    return "cudnn" if platform == "gpu" else "xla"
 
 
 def base_config() -> ConfigDict:

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dit_jax import auto
 from dit_jax.checkpoints.codec import IDENTITY, Codec
-from dit_jax.config import DiTConfig, best_dtype, best_kernel, best_remat, best_unroll
+from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
 from dit_jax.models.autoencoder import AutoencoderConfig, abstract_autoencoder
 from dit_jax.models.dit import abstract_dit
@@ -24,14 +25,15 @@ from dit_jax.training.step import as_read, make_train_step
 def resolve(what: str, config: ConfigDict, platform: str) -> None:
     """Settle what `auto` and `unroll=0` mean in config.model where the program will run."""
     if config.model.dtype == "auto":
-        config.model.dtype = best_dtype(platform)
+        config.model.dtype = auto.dtype(platform)
     if config.model.attention_kernel == "auto":
-        tokens = (config.model.input_size // config.model.patch_size) ** 2
-        config.model.attention_kernel = best_kernel(platform, tokens)
+        model = DiTConfig(**config.model)
+        kernel = auto.attention_kernel(platform, model.tokens, model.head_width, model.precision.operands)
+        config.model.attention_kernel = kernel
     if config.model.remat == "auto":
-        config.model.remat = best_remat(platform)
+        config.model.remat = auto.remat(platform)
     if what == "train" and config.model.unroll == 0:
-        config.model.unroll = best_unroll(platform, config.model.depth)
+        config.model.unroll = auto.unroll(platform, config.model.depth)
 
 
 def lower(what: str, config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:

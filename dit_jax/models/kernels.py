@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
+from dit_jax.auto import cudnn_takes
+from dit_jax.errors import InputError
 from dit_jax.models.flash import OUTPUT, flash_attention
 from dit_jax.models.products import matmul, sum_over_rows, times_transpose
 
@@ -92,8 +94,13 @@ def xla_attention(qkv: jax.Array, head_dim: int, attention: Callable = dot_produ
 
 
 def cudnn_attention(qkv: jax.Array, head_dim: int) -> jax.Array:
-    """The same by NVIDIA's fused kernel, which takes bfloat16 and heads whose width is a multiple of 8."""
+    """The same by NVIDIA's fused kernel. Raises InputError for what it does not take."""
     B, N, columns = qkv.shape
+    if not cudnn_takes(N, head_dim, qkv.dtype):
+        raise InputError(
+            f"attention_kernel=cudnn does not take {N} tokens with {qkv.dtype} heads of width {head_dim}: expected an "
+            "even number of tokens, and bfloat16 heads of a width of 8, 16, ... 128; or set attention_kernel=xla"
+        )
     heads = qkv.reshape(B, N, -1, 3, head_dim)
     # Kept for the backward pass as they are split here. Slices: split_heads would move 1.5% more in a step of XL/2.
     q, k, v = (checkpoint_name(heads[..., part, :], OPERANDS) for part in range(3))

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax.config import DiTConfig, best_unroll
+from dit_jax import auto
+from dit_jax.config import DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.sharding import shard_batch
@@ -85,7 +86,7 @@ def make_update(
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
     """The deterministic part of a step."""
     model_config = DiTConfig(**config.model)
-    unroll = model_config.unroll or best_unroll(jax.default_backend(), model_config.depth)
+    unroll = model_config.unroll or auto.unroll(jax.default_backend(), model_config.depth)
     graph, _ = abstract_dit(dataclasses.replace(model_config, unroll=unroll))
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 

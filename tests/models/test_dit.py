@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 from goldens.cases import DIT_CASES, TINY, golden, relative_error, seeded_dit
 
-from dit_jax import DiT, DiTConfig, guided
+from dit_jax import DiT, DiTConfig, auto, guided
 from dit_jax.compilation.hlo import Program
 from dit_jax.config import PRESETS
 from dit_jax.errors import InputError
@@ -159,14 +160,31 @@ def test_jax_calls_cudnn_by_the_name_that_the_policy_knows():
     assert kernel_outputs_saveable(cudnn._dot_product_attention_fwd_p_wrapper)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype"), [(9, 8, "bfloat16"), (4, 12, "bfloat16"), (4, 136, "bfloat16"), (4, 8, "float32")]
+)
+def test_what_cudnn_does_not_take_is_computed_otherwise_or_refused(tokens, width, dtype):
+    assert auto.attention_kernel("gpu", 4, 8, jnp.bfloat16) == "cudnn"
+    assert auto.attention_kernel("gpu", tokens, width, jnp.dtype(dtype)) == "xla"
+    with pytest.raises(InputError, match=f"take {tokens} tokens with {dtype} heads of width {width}: expected"):
+        KERNELS["cudnn"](jnp.ones((1, tokens, 3 * width), dtype), width)
+
+
+def test_cudnns_attention_is_for_gpus_that_have_it():
+    capabilities = {"7.5": False, "8.0": True, "9.0": True, "12.0": True, "gfx942": False}
+    for capability, has_it in capabilities.items():
+        assert auto.has_fused_attention(SimpleNamespace(compute_capability=capability)) == has_it
+    assert not auto.has_fused_attention(jax.devices()[0])
+
+
 def test_dots_keeps_what_cudnn_is_given_and_not_the_product_that_it_is_cut_from(capsys, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q * k * v)
-    x, kernel = jnp.ones((2, 4, 6)), jnp.ones((6, 3 * 6))
-    attention = jax.checkpoint(lambda x: KERNELS["cudnn"](x @ kernel, 3), policy=REMAT_POLICIES["dots"])
+    x, kernel = jnp.ones((2, 4, 16), jnp.bfloat16), jnp.ones((16, 3 * 16), jnp.bfloat16)
+    attention = jax.checkpoint(lambda x: KERNELS["cudnn"](x @ kernel, 8), policy=REMAT_POLICIES["dots"])
     jax.ad_checkpoint.print_saved_residuals(attention, x)
     printed = capsys.readouterr().out
-    assert printed.count(f"f32[2,4,2,3] named '{OPERANDS}'") == 3
-    assert "f32[2,4,18]" not in printed
+    assert printed.count(f"bf16[2,4,2,8] named '{OPERANDS}'") == 3
+    assert "bf16[2,4,48]" not in printed
 
 
 @pytest.mark.parametrize(("unroll", "settled"), [(0, 0), (1, 0), (2, 1)])

@@ -1,0 +1,49 @@
+"""What `auto` means in config.model: what is best where a program runs, by measurements and compiled steps."""
+
+import jax
+import jax.numpy as jnp
+
+
+def dtype(platform: str) -> str:
+    """Of matrix products: what a platform multiplies fast; float32 on CPUs, of which few multiply bfloat16."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def remat(platform: str) -> str:
+    """What the backward pass computes again: on CPUs, which have the memory, nothing. S/2 trains a ninth faster so."""
+    return "none" if platform == "cpu" else "dots"
+
+
+def unroll(platform: str, depth: int) -> int:
+    """Blocks in one iteration of the scan over depth, in training.
+
+    On a GPU a scan copies what each block leaves for the backward pass into a stack: by its compiled step XL/2 moves
+    113 GB on each of eight H100, unrolled 87. TPUs write it there at once. On a CPU of two cores S trains 1.06 to 1.11
+    times as fast unrolled. The forward pass alone is no faster anywhere.
+    """
+    return 1 if platform == "tpu" else depth
+
+
+def attention_kernel(platform: str, tokens: int, head_width: int, operands: jnp.dtype) -> str:
+    """What computes attention best on a platform.
+
+    On TPUs XLA's own is as good for few tokens, by the memory traffic of compiled steps: of B at 64 tokens it moves 7.0
+    GB where the kernel, whose blocks are of 128 tokens, moves 7.4; of XL at 256 tokens 28 and 20, of B at 1,024 96
+    and 39. On a CPU of two cores S trains 1.03 times as fast at 256 tokens by cores, and at 16 no faster.
+    """
+    if platform == "tpu":
+        return "flash" if tokens >= 256 else "xla"
+    if platform == "cpu":
+        return "cores" if tokens >= 64 else "xla"
+    return "cudnn" if cudnn_takes(tokens, head_width, operands) else "xla"
+
+
+def cudnn_takes(tokens: int, head_width: int, operands: jnp.dtype) -> bool:
+    """Whether NVIDIA's fused kernel computes such attention, and its gradient."""
+    return operands == jnp.bfloat16 and tokens % 2 == 0 and head_width % 8 == 0 and head_width <= 128
+
+
+def has_fused_attention(gpu: jax.Device) -> bool:
+    """Whether it runs on this GPU: NVIDIA's, of 2020 (Ampere) or newer."""
+    capability = getattr(gpu, "compute_capability", "")  # 9.0; of AMD's, gfx942
+    return capability[:1].isdigit() and float(capability) >= 8
