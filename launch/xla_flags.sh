@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Source this before training on several TPU slices, where XLA then hides communication behind computation, or on a CPU.
 # Names were checked against jaxlib 0.10.2 and 0.12.0.1, libtpu 0.0.42 and 0.0.50: one that is not known ends the program.
-# What is set already comes last and wins. Sources: openxla.org/xla/gpu_optimization_levels and
-# openxla.org/xla/flags_guidance, docs.nvidia.com/jax-toolbox, MaxText's benchmarks/xla_flags_library.py.
+# What is set already comes last and wins. Sources: openxla.org/xla/flags_guidance, MaxText's
+# benchmarks/xla_flags_library.py.
 
 # GPUs need none: XLA's latency-hiding scheduler is on there, and the flags that pipeline the collectives of loops change
 # nothing in a step whose blocks are unrolled.

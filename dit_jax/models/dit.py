@@ -14,7 +14,7 @@ from dit_jax.errors import InputError
 from dit_jax.models.abstract import abstract
 from dit_jax.models.attention import CrossAttention, SelfAttention
 from dit_jax.models.embedders import ContextEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
-from dit_jax.models.kernels import KERNELS, Attend, kernel_outputs_saveable
+from dit_jax.models.kernels import KERNELS, Attend, attention_saveable
 from dit_jax.models.layers import (
     STATISTICS,
     LearnedNorm,
@@ -37,7 +37,7 @@ REMAT_POLICIES = {
         (
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             jax.checkpoint_policies.save_only_these_names(STATISTICS),
-            kernel_outputs_saveable,
+            attention_saveable,
         ),
     ),
 }

@@ -115,7 +115,7 @@ KERNELS = {
 }
 
 
-def kernel_outputs_saveable(primitive: Primitive, *operands: Any, **parameters: Any) -> bool:
+def attention_saveable(primitive: Primitive, *operands: Any, **parameters: Any) -> bool:
     """A policy of jax.checkpoint: what cuDNN is given is kept, and what it and our kernel return, so that neither runs
     again backward.
 

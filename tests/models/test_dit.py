@@ -16,7 +16,7 @@ from dit_jax.compilation.hlo import Program
 from dit_jax.config import PRESETS
 from dit_jax.errors import InputError
 from dit_jax.models.dit import REMAT_POLICIES, abstract_dit
-from dit_jax.models.kernels import KERNELS, OPERANDS, kernel_outputs_saveable
+from dit_jax.models.kernels import KERNELS, OPERANDS, attention_saveable
 
 PARAMETERS = {  # FACTS: parameters with positions, at 256 pixels
     "DiT-S/2": 32_963_360,
@@ -157,7 +157,7 @@ def test_the_attention_kernel_runs_again_backward_only_if_everything_does(remat,
 def test_jax_calls_cudnn_by_the_name_that_the_policy_knows():
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    assert kernel_outputs_saveable(cudnn._dot_product_attention_fwd_p_wrapper)
+    assert attention_saveable(cudnn._dot_product_attention_fwd_p_wrapper)
 
 
 @pytest.mark.parametrize(
