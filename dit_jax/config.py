@@ -236,28 +236,28 @@ class DiTConfig:
         """Rows of the label table: the classes, and the null class if there is one."""
         return self.num_classes + (self.class_dropout_prob > 0)
 
-    @property
-    def kernel(self) -> str:
-        """What computes attention, `auto` resolved for the default backend."""
-        if self.attention_kernel != "auto":
-            return self.attention_kernel
-        kernel = auto.attention_kernel(jax.default_backend(), self.tokens, self.head_width, self.precision.operands)
-        return "xla" if kernel == "cudnn" and not auto.has_fused_attention(jax.devices()[0]) else kernel
+    def resolved(self, platform: str) -> "DiTConfig":
+        """The same with what is best on cpu, gpu or tpu in place of `auto`, and, in training, of `unroll=0`."""
+        dtype = auto.dtype(platform) if self.dtype == "auto" else self.dtype
+        kernel = self.attention_kernel
+        if kernel == "auto":
+            kernel = auto.attention_kernel(platform, self.tokens, self.head_width, PRECISIONS[dtype].operands)
+        remat = auto.remat(platform) if self.remat == "auto" else self.remat
+        unroll = self.unroll or auto.unroll(platform, self.depth)
+        return dataclasses.replace(self, dtype=dtype, attention_kernel=kernel, remat=remat, unroll=unroll)
 
     @property
-    def recomputed(self) -> str:
-        """What the backward pass computes again, `auto` resolved for the default backend."""
-        return auto.remat(jax.default_backend()) if self.remat == "auto" else self.remat
-
-    @property
-    def products(self) -> str:
-        """The `dtype` of matrix products, `auto` resolved for the default backend."""
-        return auto.dtype(jax.default_backend()) if self.dtype == "auto" else self.dtype
+    def here(self) -> "DiTConfig":
+        """The same, resolved for the default backend."""
+        here, chosen = self.resolved(jax.default_backend()), self.attention_kernel == "auto"
+        if chosen and here.attention_kernel == "cudnn" and not auto.has_fused_attention(jax.devices()[0]):
+            return dataclasses.replace(here, attention_kernel="xla")
+        return here
 
     @property
     def precision(self) -> Precision:
-        """The same, as the dtypes of what goes into a product and of what comes out."""
-        return PRECISIONS[self.products]
+        """The dtypes of what goes into a matrix product here, and of what comes out."""
+        return PRECISIONS[self.here.dtype]
 
 
 def base_config() -> ConfigDict:

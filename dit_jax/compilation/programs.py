@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax import auto
 from dit_jax.checkpoints.codec import IDENTITY, Codec
 from dit_jax.config import DiTConfig
 from dit_jax.errors import InputError
@@ -23,17 +22,11 @@ from dit_jax.training.step import as_read, make_train_step
 
 
 def resolve(what: str, config: ConfigDict, platform: str) -> None:
-    """Settle what `auto` and `unroll=0` mean in config.model where the program will run."""
-    if config.model.dtype == "auto":
-        config.model.dtype = auto.dtype(platform)
-    if config.model.attention_kernel == "auto":
-        model = DiTConfig(**config.model)
-        kernel = auto.attention_kernel(platform, model.tokens, model.head_width, model.precision.operands)
-        config.model.attention_kernel = kernel
-    if config.model.remat == "auto":
-        config.model.remat = auto.remat(platform)
-    if what == "train" and config.model.unroll == 0:
-        config.model.unroll = auto.unroll(platform, config.model.depth)
+    """Settle what `auto` and, in training, `unroll=0` mean in config.model where the program will run."""
+    model = DiTConfig(**config.model).resolved(platform)
+    config.model.update(dtype=model.dtype, attention_kernel=model.attention_kernel, remat=model.remat)
+    if what == "train":
+        config.model.unroll = model.unroll
 
 
 def lower(what: str, config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:

@@ -163,10 +163,10 @@ class DiT(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """tokens: (B, N, D), stacked: the blocks of the run and their modulations -> (B, N, D), and the gates
         (blocks, B, H) as in `with_gates`, by one scan."""
-        config = self.config
+        config, remat = self.config, self.config.here.remat
 
         def make_layer(kind: AttentionKind, shifted: bool):
-            attend = make_attend(kind, shifted, KERNELS[config.kernel])
+            attend = make_attend(kind, shifted, KERNELS[config.here.attention_kernel])
 
             def layer(tokens, block_and_modulation):
                 block, modulation = block_and_modulation
@@ -174,10 +174,10 @@ class DiT(nnx.Module):
                 tokens = shard_batch(tokens)
                 return (settled(tokens) if config.unroll > 1 else tokens), gates
 
-            if config.recomputed == "none":
+            if remat == "none":
                 return layer
             # In a loop the backward pass is another one, and needs no barrier to compute anything again.
-            return jax.checkpoint(layer, policy=REMAT_POLICIES[config.recomputed], prevent_cse=config.unroll > 1)
+            return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=config.unroll > 1)
 
         layers = [make_layer(kind, shifted) for kind, shifted in run.kinds]
 

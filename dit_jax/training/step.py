@@ -1,6 +1,5 @@
 """One training step: the loss of the diffusion, its gradient, AdamW, and the moving average."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax import auto
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.models.dit import abstract_dit
@@ -85,9 +83,7 @@ def make_update(
     config: ConfigDict, diffusion: GaussianDiffusion
 ) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
     """The deterministic part of a step."""
-    model_config = DiTConfig(**config.model)
-    unroll = model_config.unroll or auto.unroll(jax.default_backend(), model_config.depth)
-    graph, _ = abstract_dit(dataclasses.replace(model_config, unroll=unroll))
+    graph, _ = abstract_dit(DiTConfig(**config.model).here)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 
     def loss_fn(params: dict, examples: Examples) -> tuple[jax.Array, Metrics]:

@@ -170,11 +170,14 @@ def test_what_cudnn_does_not_take_is_computed_otherwise_or_refused(tokens, width
         KERNELS["cudnn"](jnp.ones((1, tokens, 3 * width), dtype), width)
 
 
-def test_cudnns_attention_is_for_gpus_that_have_it():
-    capabilities = {"7.5": False, "8.0": True, "9.0": True, "12.0": True, "gfx942": False}
-    for capability, has_it in capabilities.items():
-        assert auto.has_fused_attention(SimpleNamespace(compute_capability=capability)) == has_it
-    assert not auto.has_fused_attention(jax.devices()[0])
+@pytest.mark.parametrize(
+    ("capability", "kernel"), [("7.5", "xla"), ("8.0", "cudnn"), ("9.0", "cudnn"), ("12.0", "cudnn"), ("gfx942", "xla")]
+)
+def test_cudnns_attention_is_for_gpus_that_have_it(capability, kernel, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert TINY.here.attention_kernel == kernel
+    assert dataclasses.replace(TINY, attention_kernel="cudnn").here.attention_kernel == "cudnn"  # as was said
 
 
 def test_dots_keeps_what_cudnn_is_given_and_not_the_product_that_it_is_cut_from(capsys, monkeypatch):
