@@ -1,6 +1,7 @@
 """Train a small classifier of a data set, keep it in a file, and take features from it."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dit_jax.data.sources import Source
 from dit_jax.errors import InputError
 from dit_jax.evaluation.images import labelled_images
 from dit_jax.models.classifier import Classifier, ClassifierConfig, abstract_classifier
+from dit_jax.parallel.chips import SAME_BITS
 
 RECORD = "classifier"
 """Under this name the record in the file holds the config and what is known of the classifier."""
@@ -93,7 +95,7 @@ def _fit(config: ClassifierConfig, images: np.ndarray, labels: np.ndarray) -> di
         logits = apply_classifier(config, params, images)["logits"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=SAME_BITS)
     def step(params: dict, moments: optax.OptState, images: jax.Array, labels: jax.Array) -> tuple:
         updates, moments = optimizer.update(jax.grad(loss)(params, images, labels), moments, params)
         return optax.apply_updates(params, updates), moments

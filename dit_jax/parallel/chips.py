@@ -51,6 +51,10 @@ GPUS = {
     "h200": dict(sms=132, shared=233472, per_block=232448, l2=52428800, clock=1.98, major=9, name="NVIDIA H200"),
 }
 
+# For the compiler of a program that trains: on GPUs no kernel whose sums depend on which thread comes first. Those of
+# cuDNN's attention backward would, and the gradient of a label that a batch has twice; other chips have none.
+SAME_BITS = {"xla_gpu_exclude_nondeterministic_ops": True}
+
 USAGE = "v5e:4x4 (v4, v5e, v5p, v6e), 2*v5e:4x4 for two slices, h100:8 (a100, h100, h200) or cpu:8"
 
 

@@ -171,6 +171,13 @@ def test_a_step_repeats_bit_for_bit(on_one_device):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), state.params, on_one_device[1].params)))
 
 
+def test_a_gpu_is_given_kernels_that_repeat_bit_for_bit(monkeypatch):
+    options, config = {}, tiny_config()
+    monkeypatch.setattr(jax, "jit", lambda function, **given: options.update(given))
+    make_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    assert options["compiler_options"] == {"xla_gpu_exclude_nondeterministic_ops": True}
+
+
 def test_one_compilation_and_no_transfers():
     config = tiny_config()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
