@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dit_jax.parallel.chips import chip_of
+
 
 def dtype(platform: str) -> str:
     """Of matrix products: what a platform multiplies fast; float32 on CPUs, of which few multiply bfloat16."""
@@ -24,18 +26,34 @@ def unroll(platform: str, depth: int) -> int:
     return 1 if platform == "tpu" else depth
 
 
-def attention_kernel(platform: str, tokens: int, head_width: int, operands: jnp.dtype) -> str:
-    """What computes attention best on a platform.
+def attention_kernel(device: jax.Device, tokens: int, heads: int, head_width: int, operands: jnp.dtype) -> str:
+    """What computes attention best on a device.
 
     On TPUs XLA's own is as good for few tokens, by the memory traffic of compiled steps: of B at 64 tokens it moves 7.0
     GB where the kernel, whose blocks are of 128 tokens, moves 7.4; of XL at 256 tokens 28 and 20, of B at 1,024 96
     and 39. On a CPU of two cores S trains 1.03 times as fast at 256 tokens by cores, and at 16 no faster.
     """
-    if platform == "tpu":
-        return "flash" if tokens >= 256 else "xla"
-    if platform == "cpu":
+    if device.platform == "tpu":
+        return "flash" if tokens >= 256 and flash_fits(device, tokens, heads * head_width, operands) else "xla"
+    if device.platform == "cpu":
         return "cores" if tokens >= 64 else "xla"
-    return "cudnn" if cudnn_takes(tokens, head_width, operands) else "xla"
+    return "cudnn" if cudnn_takes(tokens, head_width, operands) and has_cudnn_attention(device) else "xla"
+
+
+def flash_fits(device: jax.Device, tokens: int, width: int, operands: jnp.dtype) -> bool:
+    """Whether our kernel has room on a TPU. v4 has the least, and older ones cannot run it at all.
+
+    The backward pass takes the most: an image's queries, keys and values, their gradients and that of its output, all
+    twice, since the next image comes while this one is computed; and four blocks of scores.
+    """
+    chip = chip_of(device)
+    taken = 2 * 7 * tokens * width * operands.itemsize + 4 * flash_rows(tokens) * tokens * 4 + 2**19
+    return chip is not None and taken <= chip.vector_memory
+
+
+def flash_rows(tokens: int) -> int:
+    """Queries that it computes at once."""
+    return 256 if tokens % 256 == 0 else tokens
 
 
 def cudnn_takes(tokens: int, head_width: int, operands: jnp.dtype) -> bool:
@@ -43,7 +61,7 @@ def cudnn_takes(tokens: int, head_width: int, operands: jnp.dtype) -> bool:
     return operands == jnp.bfloat16 and tokens % 2 == 0 and head_width % 8 == 0 and head_width <= 128
 
 
-def has_fused_attention(gpu: jax.Device) -> bool:
-    """Whether it runs on this GPU: NVIDIA's, of 2020 (Ampere) or newer."""
+def has_cudnn_attention(gpu: jax.Device) -> bool:
+    """Whether that kernel runs on this GPU: NVIDIA's, of 2020 (Ampere) or newer."""
     capability = getattr(gpu, "compute_capability", "")  # 9.0; of AMD's, gfx942
     return capability[:1].isdigit() and float(capability) >= 8

@@ -31,7 +31,7 @@ JSON = flags.DEFINE_string("json", None, "File for all that is printed, and more
 def main() -> None:
     from dit_jax.parallel import chips
 
-    chip, platform = chips.prepare(TOPOLOGY.value)
+    chips.prepare(TOPOLOGY.value)
 
     from tqdm import tqdm
 
@@ -41,9 +41,9 @@ def main() -> None:
     devices, rows = chips.devices(TOPOLOGY.value), []
     for changes in tqdm(COMPARE.value or [""], desc=f"compiling for {TOPOLOGY.value}", unit="program"):
         config = changed(CONFIG.value, changes)
-        rows.append(measured(config, devices, chip, platform))
+        rows.append(measured(config, devices))
         if LARGEST.value:
-            rows[-1]["largest_batch_a_chip"] = largest_batch(config, devices, chip, platform)
+            rows[-1]["largest_batch_a_chip"] = largest_batch(config, devices)
     print(report.table(rows))
     if len(rows) == 1 and "memory" in rows[0]:
         print(details(rows[0]))
@@ -53,23 +53,23 @@ def main() -> None:
         write_json(JSON.value, {"topology": TOPOLOGY.value, "programs": rows})
 
 
-def measured(config, devices, chip: str, platform: str) -> dict:
+def measured(config, devices) -> dict:
     """The report of one program."""
     from dit_jax.compilation import programs, report
-    from dit_jax.parallel import chips
+    from dit_jax.parallel.chips import chip_of
     from dit_jax.parallel.mesh import make_mesh
 
-    programs.resolve(WHAT.value, config, platform)
-    return report.measure(WHAT.value, config, make_mesh(config.mesh, devices), chips.CHIPS.get(chip))
+    programs.resolve(WHAT.value, config, devices[0])
+    return report.measure(WHAT.value, config, make_mesh(config.mesh, devices), chip_of(devices[0]))
 
 
-def largest_batch(config, devices, chip: str, platform: str) -> int:
+def largest_batch(config, devices) -> int:
     """The most images a chip that fit."""
     from dit_jax.compilation import report
 
     def fits(images: int) -> bool:
         config.batch_size = images * len(devices)
-        return measured(config, devices, chip, platform)["fits"]
+        return measured(config, devices)["fits"]
 
     return report.largest_batch(fits, max(1, config.batch_size // len(devices)))
 

@@ -236,23 +236,20 @@ class DiTConfig:
         """Rows of the label table: the classes, and the null class if there is one."""
         return self.num_classes + (self.class_dropout_prob > 0)
 
-    def resolved(self, platform: str) -> "DiTConfig":
-        """The same with what is best on cpu, gpu or tpu in place of `auto`, and, in training, of `unroll=0`."""
-        dtype = auto.dtype(platform) if self.dtype == "auto" else self.dtype
-        kernel = self.attention_kernel
+    def resolved(self, device: jax.Device) -> "DiTConfig":
+        """The same with what is best on a device in place of `auto`, and, in training, of `unroll=0`."""
+        dtype = auto.dtype(device.platform) if self.dtype == "auto" else self.dtype
+        kernel, heads = self.attention_kernel, (self.num_heads, self.head_width)
         if kernel == "auto":
-            kernel = auto.attention_kernel(platform, self.tokens, self.head_width, PRECISIONS[dtype].operands)
-        remat = auto.remat(platform) if self.remat == "auto" else self.remat
-        unroll = self.unroll or auto.unroll(platform, self.depth)
+            kernel = auto.attention_kernel(device, self.tokens, *heads, PRECISIONS[dtype].operands)
+        remat = auto.remat(device.platform) if self.remat == "auto" else self.remat
+        unroll = self.unroll or auto.unroll(device.platform, self.depth)
         return dataclasses.replace(self, dtype=dtype, attention_kernel=kernel, remat=remat, unroll=unroll)
 
     @property
     def here(self) -> "DiTConfig":
         """The same, resolved for the default backend."""
-        here, chosen = self.resolved(jax.default_backend()), self.attention_kernel == "auto"
-        if chosen and here.attention_kernel == "cudnn" and not auto.has_fused_attention(jax.devices()[0]):
-            return dataclasses.replace(here, attention_kernel="xla")
-        return here
+        return self.resolved(jax.devices()[0])
 
     @property
     def precision(self) -> Precision:

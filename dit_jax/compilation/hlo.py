@@ -20,6 +20,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "add-dependency"}  # fmt: skip
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+ALIAS = "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion whose result is its operand, seen otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +191,11 @@ class Program:
         return total if readers else None
 
     def _readers(self, computation: str, name: str) -> list[tuple[Instruction, str]]:
-        """Who reads a value, through bitcasts, and under which name."""
+        """Who reads a value, through bitcasts and fusions that are one, and under which name."""
         found = []
         for user in self._users[computation][name]:
-            found += self._readers(computation, user.name) if user.opcode == "bitcast" else [(user, name)]
+            same = user.opcode == "bitcast" or (user.opcode == "fusion" and ALIAS in user.attributes)
+            found += self._readers(computation, user.name) if same else [(user, name)]
         return found
 
     @cached_property

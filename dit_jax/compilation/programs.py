@@ -21,9 +21,9 @@ from dit_jax.training.state import abstract_state
 from dit_jax.training.step import as_read, make_train_step
 
 
-def resolve(what: str, config: ConfigDict, platform: str) -> None:
-    """Settle what `auto` and, in training, `unroll=0` mean in config.model where the program will run."""
-    model = DiTConfig(**config.model).resolved(platform)
+def resolve(what: str, config: ConfigDict, device: jax.Device) -> None:
+    """Settle what `auto` and, in training, `unroll=0` mean in config.model on the devices that the program is for."""
+    model = DiTConfig(**config.model).resolved(device)
     config.model.update(dtype=model.dtype, attention_kernel=model.attention_kernel, remat=model.remat)
     if what == "train":
         config.model.unroll = model.unroll

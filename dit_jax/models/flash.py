@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from dit_jax.auto import flash_rows
 from dit_jax.errors import InputError
 from dit_jax.parallel.sharding import TOKENS
 
-ROWS = 256  # queries at once
 OUTPUT = "attention"  # what policies of jax.checkpoint call the result
 HIDDEN = -1e30  # added to the score of a key that its query does not see
 VECTOR_MEMORY = 100 * 2**20  # bytes that the kernel may take, of the 128 MiB of v5e and v6e
@@ -139,7 +139,7 @@ def _heads(qkv, head_dim: int):
 
 def _for_rows(N: int, function, *sums):
     """`function(start, size, *sums)` of all rows, a block after the other, each given what the one before returned."""
-    size = ROWS if N % ROWS == 0 else N
+    size = flash_rows(N)
     if size == N:
         return function(0, N, *sums)
     if not sums:

@@ -15,8 +15,8 @@ from dit_jax.errors import InputError
 class Chip:
     """Published numbers of one chip (vendors' data sheets; TPU pages of Google Cloud)."""
 
-    kind: str
-    """A part of its `device_kind` in JAX."""
+    kinds: tuple[str, ...]
+    """Parts of its `device_kind` in JAX."""
     flops: float
     """Dense bfloat16 peak, FLOP/s."""
     memory: float
@@ -27,16 +27,21 @@ class Chip:
     """Bytes/s that it sends to its neighbours, over all links."""
     outside: float | None = None
     """Its part of what a TPU host sends to other slices, bytes/s; None where nothing is published."""
+    vector_memory: int = 0
+    """Bytes in which a core of a TPU computes, by JAX's `pltpu.get_tpu_info_for_chip`."""
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 300e9),
-    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9, 25e9 / 8),
-    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 600e9, 50e9 / 8),
-    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 400e9, 100e9 / 8),
-    "a100": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
-    "h100": Chip("H100", 989e12, 80e9, 3352e9, 450e9),
-    "h200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1228e9, 300e9, None, 16 * 2**20),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 25e9 / 8, 128 * 2**20),
+    "v5p": Chip(("TPU v5",), 459e12, 95 * 2**30, 2765e9, 600e9, 50e9 / 8, 64 * 2**20),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1640e9, 400e9, 100e9 / 8, 128 * 2**20),
+    # A half of it, which is what JAX calls a device.
+    "tpu7x": Chip(("TPU7x",), 2307e12 / 2, 96 * 2**30, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, 64 * 2**20),
+    "a100": Chip(("A100",), 312e12, 80e9, 2039e9, 300e9),
+    "h100": Chip(("H100",), 989e12, 80e9, 3352e9, 450e9),
+    "h200": Chip(("H200",), 989e12, 141e9, 4800e9, 450e9),
+    "b200": Chip(("B200",), 2250e12, 180e9, 8000e9, 900e9),
 }
 
 # What XLA's GPU compiler asks of a device: streaming multiprocessors, shared memory and L2 in bytes, clock in GHz,
@@ -49,23 +54,31 @@ GPUS = {
         sms=132, shared=233472, per_block=232448, l2=52428800, clock=1.98, major=9, name="NVIDIA H100 80GB HBM3"
     ),
     "h200": dict(sms=132, shared=233472, per_block=232448, l2=52428800, clock=1.98, major=9, name="NVIDIA H200"),
+    "b200": dict(sms=148, shared=233472, per_block=232448, l2=132644864, clock=1.96, major=10, name="NVIDIA B200"),
 }
 
 # For the compiler of a program that trains: on GPUs no kernel whose sums depend on which thread comes first. Those of
 # cuDNN's attention backward would, and the gradient of a label that a batch has twice; other chips have none.
 SAME_BITS = {"xla_gpu_exclude_nondeterministic_ops": True}
 
-USAGE = "v5e:4x4 (v4, v5e, v5p, v6e), 2*v5e:4x4 for two slices, h100:8 (a100, h100, h200) or cpu:8"
+USAGE = "v5e:4x4 (v4, v5e, v5p, v6e, tpu7x), 2*v5e:4x4 for two slices, h100:8 (a100, h100, h200, b200) or cpu:8"
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """What is published of a device, or None (CPUs)."""
+    return next((chip for chip in CHIPS.values() if any(kind in device.device_kind for kind in chip.kinds)), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak in FLOP/s, or None where none is published (CPUs)."""
-    return next((chip.flops for chip in CHIPS.values() if chip.kind in device.device_kind), None)
+    """The device's peak in FLOP/s, or None where none is published."""
+    chip = chip_of(device)
+    return chip and chip.flops
 
 
-def prepare(topology: str) -> tuple[str, str]:
-    """(chip, platform) of a topology's name. Sets what the compilers read from the environment, so it comes before
-    anything touches a device. Raises InputError for a name that means nothing."""
+def prepare(topology: str) -> None:
+    """Set what the compilers for a topology read from the environment, before anything touches a device.
+
+    Raises InputError for a name that means nothing."""
     found = re.fullmatch(r"([1-9]\d*\*)?(\w+):([1-9]\d*)((?:x[1-9]\d*)*)", topology)
     slices, chip, count, shape = found.groups() if found else (None, "", None, None)
     line = chip in GPUS or chip == "cpu"  # and no grid
@@ -74,18 +87,15 @@ def prepare(topology: str) -> tuple[str, str]:
     jax.config.update("jax_platforms", "cpu")  # of this process; the compilers need no device
     if chip == "cpu":
         jax.config.update("jax_num_cpu_devices", int(count))
-        return chip, "cpu"
-    if chip in GPUS:
+    elif chip in GPUS:
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        return chip, "gpu"
-    # libtpu looks for the machine that it is on, and complains about each thing that it does not find.
-    os.environ |= {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is held that two could want
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    }
-    return chip, "tpu"
+    else:  # libtpu looks for the machine that it is on, and complains about each thing that it does not find
+        os.environ |= {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is held that two could want
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        }
 
 
 def devices(topology: str) -> list[jax.Device]:

@@ -112,6 +112,34 @@ ENTRY %main (x: bf16[4,8], stack: bf16[12,8,16], i: s32[]) -> bf16[4,16] {
     assert program.traffic == 2 * (4 * 8 + 8 * 16 + 4 * 16) + 4
 
 
+def test_a_slice_of_a_stack_seen_in_another_layout_is_all_that_is_read():
+    """So TPU7x reads what a block left for the backward pass."""
+    program = Program(
+        """HloModule stack
+
+%view.1 (v: bf16[12,8,16]) -> bf16[12,8,16] {
+  %v = bf16[12,8,16]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %same = bf16[12,8,16]{2,1,0:T(8,128)(2,1)} copy(%v)
+}
+
+%slice.1 (p0: bf16[12,8,16], p1: s32[]) -> bf16[1,8,16] {
+  %p0 = bf16[12,8,16]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %seen = bf16[12,8,16]{2,1,0:T(8,128)(2,1)} fusion(%p0), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%view.1
+  ROOT %one = bf16[1,8,16]{2,1,0:T(8,128)(2,1)} dynamic-slice(%seen, %p1, %zero, %zero), dynamic_slice_sizes={1,8,16}
+}
+
+ENTRY %main (stack: bf16[12,8,16], i: s32[]) -> bf16[1,8,16] {
+  %stack = bf16[12,8,16]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %one = bf16[1,8,16]{2,1,0:T(8,128)(2,1)} fusion(%stack, %i), kind=kLoop, calls=%slice.1
+}
+"""  # noqa: E501
+    )
+    assert program.traffic == 2 * 8 * 16 * 2 + 4
+
+
 def test_what_devices_send_is_what_ring_algorithms_send():
     mesh = make_mesh({"data": 8})
     rows = NamedSharding(mesh, P("data"))

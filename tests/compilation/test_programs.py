@@ -1,10 +1,12 @@
 """Programs of a network with a context, lowered from a config as they will be run."""
 
+from types import SimpleNamespace
+
 import pytest
 from ml_collections import ConfigDict
 
 from dit_jax.compilation.programs import lower, resolve
-from dit_jax.config import base_config
+from dit_jax.config import DiTConfig, base_config
 from dit_jax.parallel.mesh import make_mesh
 
 
@@ -23,22 +25,49 @@ def test_only_a_model_with_a_context_is_given_tokens(what):
     assert "x5x7xf32>" not in lower(what, config_of(0, 0), mesh).as_text()
 
 
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+GPU = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+
+
 @pytest.mark.parametrize(
-    ("what", "platform", "settled"),
+    ("what", "device", "settled"),
     [
-        ("train", "tpu", ("bfloat16", "xla", "dots", 1)),
-        ("train", "gpu", ("bfloat16", "cudnn", "dots", 3)),
-        ("train", "cpu", ("float32", "xla", "none", 3)),
-        ("sample", "gpu", ("bfloat16", "cudnn", "dots", 0)),
+        ("train", TPU, ("bfloat16", "xla", "dots", 1)),
+        ("train", GPU, ("bfloat16", "cudnn", "dots", 3)),
+        ("train", SimpleNamespace(platform="cpu"), ("float32", "xla", "none", 3)),
+        ("sample", GPU, ("bfloat16", "cudnn", "dots", 0)),
     ],
 )
-def test_auto_is_settled_for_where_the_program_will_run(what, platform, settled):
+def test_auto_is_settled_for_where_the_program_will_run(what, device, settled):
     fields, config = ("dtype", "attention_kernel", "remat", "unroll"), config_of(0, 0)
     config.model.depth = 3
-    resolve(what, config, platform)
+    resolve(what, config, device)
     assert tuple(config.model[field] for field in fields) == settled
-    resolve(what, config, "tpu")  # what is settled stays
+    resolve(what, config, TPU)  # what is settled stays
     assert tuple(config.model[field] for field in fields[:3]) == settled[:3]
+
+
+# Where the backward pass of our kernel compiled for that chip, by libtpu 0.0.42, and where it did not.
+@pytest.mark.parametrize(
+    ("kind", "side", "model", "kernel"),
+    [
+        ("TPU v5 lite", 32, "XL", "flash"),
+        ("TPU v5 lite", 64, "XL", "flash"),
+        ("TPU v5 lite", 128, "B", "flash"),
+        ("TPU v5 lite", 128, "XL", "xla"),  # 143 MiB, of 128
+        ("TPU v5", 64, "XL", "flash"),
+        ("TPU v5", 128, "S", "flash"),
+        ("TPU v5", 128, "B", "xla"),  # 101 MiB, of 64
+        ("TPU v4", 32, "XL", "flash"),
+        ("TPU v4", 64, "S", "flash"),
+        ("TPU v4", 64, "B", "xla"),  # 25 MiB, of 16
+        ("TPU v4", 60, "S", "xla"),  # 19 MiB: 900 tokens are no multiple of 256, and computed at once
+        ("TPU v3", 32, "S", "xla"),  # it multiplies no bfloat16 in kernels
+    ],
+)
+def test_the_tpu_kernel_is_taken_where_it_has_room(kind, side, model, kernel):
+    config = DiTConfig.preset(f"DiT-{model}/2", input_size=side)
+    assert config.resolved(SimpleNamespace(platform="tpu", device_kind=kind)).attention_kernel == kernel
 
 
 def test_training_unrolls_the_blocks_where_that_is_faster_and_drawing_does_not():

@@ -160,12 +160,16 @@ def test_jax_calls_cudnn_by_the_name_that_the_policy_knows():
     assert attention_saveable(cudnn._dot_product_attention_fwd_p_wrapper)
 
 
+def gpu(capability: str) -> SimpleNamespace:
+    return SimpleNamespace(platform="gpu", device_kind="", compute_capability=capability)
+
+
 @pytest.mark.parametrize(
     ("tokens", "width", "dtype"), [(9, 8, "bfloat16"), (4, 12, "bfloat16"), (4, 136, "bfloat16"), (4, 8, "float32")]
 )
 def test_what_cudnn_does_not_take_is_computed_otherwise_or_refused(tokens, width, dtype):
-    assert auto.attention_kernel("gpu", 4, 8, jnp.bfloat16) == "cudnn"
-    assert auto.attention_kernel("gpu", tokens, width, jnp.dtype(dtype)) == "xla"
+    assert auto.attention_kernel(gpu("9.0"), 4, 1, 8, jnp.bfloat16) == "cudnn"
+    assert auto.attention_kernel(gpu("9.0"), tokens, 1, width, jnp.dtype(dtype)) == "xla"
     with pytest.raises(InputError, match=f"take {tokens} tokens with {dtype} heads of width {width}: expected"):
         KERNELS["cudnn"](jnp.ones((1, tokens, 3 * width), dtype), width)
 
@@ -173,11 +177,9 @@ def test_what_cudnn_does_not_take_is_computed_otherwise_or_refused(tokens, width
 @pytest.mark.parametrize(
     ("capability", "kernel"), [("7.5", "xla"), ("8.0", "cudnn"), ("9.0", "cudnn"), ("12.0", "cudnn"), ("gfx942", "xla")]
 )
-def test_cudnns_attention_is_for_gpus_that_have_it(capability, kernel, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    assert TINY.here.attention_kernel == kernel
-    assert dataclasses.replace(TINY, attention_kernel="cudnn").here.attention_kernel == "cudnn"  # as was said
+def test_cudnns_attention_is_for_gpus_that_have_it(capability, kernel):
+    assert TINY.resolved(gpu(capability)).attention_kernel == kernel
+    assert dataclasses.replace(TINY, attention_kernel="cudnn").resolved(gpu(capability)).attention_kernel == "cudnn"
 
 
 def test_dots_keeps_what_cudnn_is_given_and_not_the_product_that_it_is_cut_from(capsys, monkeypatch):

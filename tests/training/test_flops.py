@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,6 +68,15 @@ def test_the_compiler_counts_the_same_products_of_the_autoencoder(config):
     decoding = counted(AutoencoderKL.decode, 1, side, side, config.latent_channels)
     assert encoding == pytest.approx(2 * encoder_macs(config, 256), rel=0.03)
     assert decoding == pytest.approx(2 * decoder_macs(config, 256), rel=0.03)
+
+
+PEAKS = {"TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v5p": 459, "TPU v6 lite": 918}
+PEAKS |= {"TPU7x": 1153.5, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA B200": 2250}
+
+
+@pytest.mark.parametrize(("kind", "teraflops"), PEAKS.items())
+def test_the_published_peak_is_the_devices_own(kind, teraflops):
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == teraflops * 1e12
 
 
 def test_a_cpu_has_no_published_peak():
