@@ -19,6 +19,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # They name or rename memory and move nothing.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "add-dependency"}  # fmt: skip
+CALLS = ("call", "call-start")  # the second one of TPU7x, whose SparseCores talk to other chips
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
 ALIAS = "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion whose result is its operand, seen otherwise
 
@@ -91,7 +92,7 @@ class Program:
             for instruction in self.computations[name].values():
                 if instruction.opcode == "while":
                     visit(instruction.attribute("body"), times * self.trip_count(instruction))
-                elif instruction.opcode == "call":
+                elif instruction.opcode in CALLS:
                     visit(instruction.attribute("to_apply"), times)
                 elif instruction.opcode == "conditional":
                     for branch in re.findall(r"(?:true|false)_computation=%([\w.\-]+)", instruction.attributes):
@@ -131,7 +132,7 @@ class Program:
         """Bytes that one run of an instruction reads from and writes to main memory."""
         opcode, known = instruction.opcode, self.computations[computation]
         written = sum(output.traffic for output in instruction.outputs)
-        if opcode in FREE or opcode.endswith("-done") or opcode in ("while", "call", "conditional"):
+        if opcode in FREE or opcode.endswith("-done") or opcode in ("while", "conditional", *CALLS):
             return 0
         if opcode == "custom-call" and any(f'"{target}"' in instruction.attributes for target in FREE_CALLS):
             return 0

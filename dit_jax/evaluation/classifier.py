@@ -17,7 +17,7 @@ from dit_jax.data.sources import Source
 from dit_jax.errors import InputError
 from dit_jax.evaluation.images import labelled_images
 from dit_jax.models.classifier import Classifier, ClassifierConfig, abstract_classifier
-from dit_jax.parallel.chips import SAME_BITS
+from dit_jax.parallel.chips import training_options
 
 RECORD = "classifier"
 """Under this name the record in the file holds the config and what is known of the classifier."""
@@ -95,7 +95,7 @@ def _fit(config: ClassifierConfig, images: np.ndarray, labels: np.ndarray) -> di
         logits = apply_classifier(config, params, images)["logits"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @partial(jax.jit, compiler_options=SAME_BITS)
+    @partial(jax.jit, compiler_options=training_options(jax.devices()[0]))
     def step(params: dict, moments: optax.OptState, images: jax.Array, labels: jax.Array) -> tuple:
         updates, moments = optimizer.update(jax.grad(loss)(params, images, labels), moments, params)
         return optax.apply_updates(params, updates), moments

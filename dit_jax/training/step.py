@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dit_jax.config import DiTConfig
 from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.models.dit import abstract_dit
-from dit_jax.parallel.chips import SAME_BITS
+from dit_jax.parallel.chips import training_options
 from dit_jax.parallel.sharding import shard_batch
 from dit_jax.training.optimizer import learning_rate, make_optimizer
 from dit_jax.training.state import TrainState, abstract_state
@@ -61,7 +61,8 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere), compiler_options=SAME_BITS)
+    options = training_options(mesh.devices.flat[0])
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere), compiler_options=options)
 
 
 def draw(keys: Sequence[jax.Array], batch: dict[str, jax.Array], config: DiTConfig, num_steps: int) -> Examples:

@@ -288,3 +288,24 @@ ENTRY %main (stack: f32[28,64], i: s32[]) -> f32[28,64] {
     }
     (collective,) = program.collectives.values()
     assert collective.kind == "all-reduce" and collective.bytes == 2 * 7 / 8 * row
+
+
+def test_what_another_core_of_the_chip_sends_counts():
+    """So TPU7x gathers and sums, by its SparseCores."""
+    program = Program(
+        """HloModule step, num_partitions=16
+
+%gather (part: bf16[1,64]) -> bf16[16,64] {
+  %part = bf16[1,64]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,64]{1,0} all-gather(%part), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, dimensions={0}
+}
+
+ENTRY %main (part: bf16[1,64]) -> bf16[16,64] {
+  %part = bf16[1,64]{1,0} parameter(0)
+  %begun = ((bf16[1,64]{1,0}), bf16[16,64]{1,0}) call-start(%part), async_execution_thread="sparsecore", to_apply=%gather
+  ROOT %whole = bf16[16,64]{1,0} call-done(%begun)
+}
+"""  # noqa: E501
+    )
+    assert program.collectives["all-gather"].bytes == 15 / 16 * 2 * 16 * 64
+    assert program.traffic == 2 * (16 + 1) * 64

@@ -1,5 +1,7 @@
 """One step: PyTorch's numbers, the same on every mesh, compiled once."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 from dit_jax import DiT, DiTConfig, GaussianDiffusion
 from dit_jax.config import base_config
 from dit_jax.models.dit import abstract_dit
+from dit_jax.parallel.chips import training_options
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import batch_sharding
 from dit_jax.training.optimizer import make_optimizer
@@ -171,11 +174,18 @@ def test_a_step_repeats_bit_for_bit(on_one_device):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), state.params, on_one_device[1].params)))
 
 
-def test_a_gpu_is_given_kernels_that_repeat_bit_for_bit(monkeypatch):
-    options, config = {}, tiny_config()
-    monkeypatch.setattr(jax, "jit", lambda function, **given: options.update(given))
+def test_the_step_is_compiled_as_its_devices_need(monkeypatch):
+    given, config = {}, tiny_config()
+    monkeypatch.setattr(jax, "jit", lambda function, **options: given.update(options))
     make_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
-    assert options["compiler_options"] == {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert given["compiler_options"] == training_options(jax.devices()[0])
+
+
+def test_what_compilers_are_told():
+    for kind in ("cpu", "NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU7x"):
+        options = training_options(SimpleNamespace(device_kind=kind))
+        assert options["xla_gpu_exclude_nondeterministic_ops"]  # steps repeat bit for bit; others do not look at it
+        assert ("xla_jf_spmd_threshold_for_windowed_einsum_mib" in options) == (kind == "TPU7x")
 
 
 def test_one_compilation_and_no_transfers():
