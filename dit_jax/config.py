@@ -239,9 +239,9 @@ class DiTConfig:
     def resolved(self, device: jax.Device) -> "DiTConfig":
         """The same with what is best on a device in place of `auto`, and, in training, of `unroll=0`."""
         dtype = auto.dtype(device.platform) if self.dtype == "auto" else self.dtype
-        kernel, heads = self.attention_kernel, (self.num_heads, self.head_width)
+        kernel, operands = self.attention_kernel, PRECISIONS[dtype].operands
         if kernel == "auto":
-            kernel = auto.attention_kernel(device, self.tokens, *heads, PRECISIONS[dtype].operands)
+            kernel = auto.attention_kernel(device, self.tokens, self.num_heads, self.head_width, operands)
         remat = auto.remat(device.platform) if self.remat == "auto" else self.remat
         unroll = self.unroll or auto.unroll(device.platform, self.depth)
         return dataclasses.replace(self, dtype=dtype, attention_kernel=kernel, remat=remat, unroll=unroll)
