@@ -13,7 +13,7 @@ from dit_jax.compilation.hlo import BETWEEN_SLICES, Program
 from dit_jax.compilation.programs import codec_of, lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
-from dit_jax.parallel.chips import Chip
+from dit_jax.parallel.chips import Chip, usable_memory
 from dit_jax.parallel.memory import live_bytes
 from dit_jax.sampling.generate import network_passes
 from dit_jax.training.flops import decoder_macs, encoder_macs, forward_macs, train_flops
@@ -50,9 +50,11 @@ def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dic
     report |= {"lower_seconds": lowering, "compile_seconds": time.perf_counter() - started}
     program, memory = Program(compiled.as_text()), _memory(compiled)
     analytic = _analytic_flops(what, config) / mesh.size
+    if chip:
+        memory |= {"chip": chip.memory, "usable": usable_memory(chip, mesh.devices.flat[0].platform)}
     report |= {
-        "fits": chip is None or memory["live"] <= chip.memory,
-        "memory": memory | ({"chip": chip.memory} if chip else {}),
+        "fits": chip is None or memory["live"] <= memory["usable"],
+        "memory": memory,
         "flops": {"analytic": analytic, "compiled": program.flops, "attention_kernels": program.kernel_flops},
         "traffic": program.traffic,
         "collectives": {

@@ -71,6 +71,14 @@ def peak_flops(device: jax.Device) -> float | None:
     return chip and chip.flops
 
 
+def usable_memory(chip: Chip, platform: str) -> float:
+    """Bytes of a chip's memory that programs get: of a GPU's JAX takes a fraction for them, 0.75 if it is not told."""
+    if platform != "gpu":
+        return chip.memory
+    told = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")  # its old name
+    return float(told or 0.75) * chip.memory
+
+
 def training_options(device: jax.Device) -> dict[str, bool | int]:
     """What the compiler of a program that trains on such devices is told, to go with `jax.jit`.
 

@@ -114,3 +114,12 @@ def test_the_best_takes_least_an_image_and_of_those_alike_least_altogether():
 def test_an_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match="expected one such as"):
         chips.prepare(name)
+
+
+def test_of_a_gpus_memory_jax_takes_a_part(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert chips.usable_memory(chips.CHIPS["h100"], "gpu") == 60e9
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", ".9")
+    assert chips.usable_memory(chips.CHIPS["h100"], "gpu") == 72e9
+    assert chips.usable_memory(chips.CHIPS["v4"], "tpu") == 32 * 2**30
