@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from dit_jax.parallel.chips import chip_of
 
+FLASH_MEMORY = 100 * 2**20  # bytes that our TPU kernel may take, of the 128 MiB of v5e and v6e
+
 
 def dtype(platform: str) -> str:
     """Of matrix products: what a platform multiplies fast; float32 on CPUs, of which few multiply bfloat16."""
@@ -26,7 +28,7 @@ def unroll(platform: str, depth: int) -> int:
     return 1 if platform == "tpu" else depth
 
 
-def attention_kernel(device: jax.Device, tokens: int, heads: int, head_width: int, operands: jnp.dtype) -> str:
+def attention_kernel(device: jax.Device, tokens: int, head_width: int, operands: jnp.dtype) -> str:
     """What computes attention best on a device.
 
     On TPUs XLA's own is as good for few tokens, by the memory traffic of compiled steps: of B at 64 tokens it moves 7.0
@@ -34,26 +36,37 @@ def attention_kernel(device: jax.Device, tokens: int, heads: int, head_width: in
     and 39. On a CPU of two cores S trains 1.03 times as fast at 256 tokens by cores, and at 16 no faster.
     """
     if device.platform == "tpu":
-        return "flash" if tokens >= 256 and flash_fits(device, tokens, heads * head_width, operands) else "xla"
+        chip = chip_of(device)  # None before v4, where kernels multiply no bfloat16
+        fits = chip and flash_heads(chip.vector_memory, tokens, 1, head_width, operands)
+        return "flash" if tokens >= 256 and fits else "xla"
     if device.platform == "cpu":
         return "cores" if tokens >= 64 else "xla"
     return "cudnn" if cudnn_takes(tokens, head_width, operands) and has_cudnn_attention(device) else "xla"
 
 
-def flash_fits(device: jax.Device, tokens: int, width: int, operands: jnp.dtype) -> bool:
-    """Whether our kernel has room on a TPU. v4 has the least, and older ones cannot run it at all.
+def flash_heads(vector_memory: float, tokens: int, heads: int, head_width: int, operands: jnp.dtype) -> int:
+    """Heads that our TPU kernel computes at once: the most that divide them all and have room, or 0.
 
     The backward pass takes the most: an image's queries, keys and values, their gradients and that of its output, all
     twice, since the next image comes while this one is computed; and four blocks of scores.
     """
-    chip = chip_of(device)
-    taken = 2 * 7 * tokens * width * operands.itemsize + 4 * flash_rows(tokens) * tokens * 4 + 2**19
-    return chip is not None and taken <= chip.vector_memory
+
+    def taken(count: int) -> int:
+        columns = 2 * lanes(3 * count * head_width) + lanes(count * head_width)
+        return 2 * tokens * columns * operands.itemsize + 4 * flash_rows(tokens) * tokens * 4 + 2**19
+
+    room = min(vector_memory, FLASH_MEMORY)
+    return max((n for n in range(1, heads + 1) if heads % n == 0 and taken(n) <= room), default=0)
 
 
 def flash_rows(tokens: int) -> int:
     """Queries that it computes at once."""
     return 256 if tokens % 256 == 0 else tokens
+
+
+def lanes(columns: int) -> int:
+    """Columns that so many take up in a TPU's vector memory."""
+    return -(-columns // 128) * 128
 
 
 def cudnn_takes(tokens: int, head_width: int, operands: jnp.dtype) -> bool:

@@ -241,7 +241,7 @@ class DiTConfig:
         dtype = auto.dtype(device.platform) if self.dtype == "auto" else self.dtype
         kernel, operands = self.attention_kernel, PRECISIONS[dtype].operands
         if kernel == "auto":
-            kernel = auto.attention_kernel(device, self.tokens, self.num_heads, self.head_width, operands)
+            kernel = auto.attention_kernel(device, self.tokens, self.head_width, operands)
         remat = auto.remat(device.platform) if self.remat == "auto" else self.remat
         unroll = self.unroll or auto.unroll(device.platform, self.depth)
         return dataclasses.replace(self, dtype=dtype, attention_kernel=kernel, remat=remat, unroll=unroll)

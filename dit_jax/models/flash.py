@@ -4,6 +4,7 @@ Whole rows of scores fit in a TPU's vector memory at DiT's lengths, so the softm
 pass computes the weights again: it keeps qkv, and nothing that grows with the square of the length.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -14,13 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from dit_jax.auto import flash_rows
+from dit_jax.auto import FLASH_MEMORY, flash_heads, flash_rows
 from dit_jax.errors import InputError
 from dit_jax.parallel.sharding import TOKENS
 
 OUTPUT = "attention"  # what policies of jax.checkpoint call the result
 HIDDEN = -1e30  # added to the score of a key that its query does not see
-VECTOR_MEMORY = 100 * 2**20  # bytes that the kernel may take, of the 128 MiB of v5e and v6e
 
 
 def flash_attention(
@@ -56,7 +56,8 @@ _flash_attention.defvjp(_forward, _backward)
 def _run(
     kernel, width: int, products: int, head_dim: int, interpret: bool, hidden: jax.Array | None, *arrays: jax.Array
 ) -> jax.Array:
-    """The kernel on one image after the other; its result has `width` columns over all devices.
+    """The kernel on one image after the other, and as many heads at once as have room; its result has `width` columns
+    over all devices.
 
     products: how many it computes of each head's (N, N) with (N, head_dim), for the compiler's and our own accounts.
     hidden: (M, N, N), added to the scores of M images in turn, or None.
@@ -70,6 +71,16 @@ def _run(
             )
         if hidden is not None and B % len(hidden):
             raise InputError(f"{B} windows on a device are not those of whole images: give each device whole images")
+        heads = columns // (3 * head_dim)
+        at_once = flash_heads(vector_memory(), N, heads, head_dim, dtype)
+        if not at_once:
+            raise InputError(f"attention_kernel=flash has no room for {N} tokens on this TPU: set attention_kernel=xla")
+        groups = heads // at_once
+        parts = zip(*(jnp.split(array, groups, axis=-1) for array in arrays), strict=True)
+        return jnp.concatenate([some_heads(hidden, *part) for part in parts], axis=-1)
+
+    def some_heads(hidden: jax.Array | None, *arrays: jax.Array) -> jax.Array:
+        (B, N, columns), dtype = arrays[0].shape, arrays[0].dtype
         in_turn = None if hidden is None else pl.BlockSpec((1, N, N), lambda b: (b % len(hidden), 0, 0))
         out = jax.ShapeDtypeStruct((B, N, width * columns // whole), dtype)
 
@@ -87,7 +98,7 @@ def _run(
                 bytes_accessed=sum(array.size * dtype.itemsize for array in (*arrays, out)),
                 transcendentals=B * N * N * columns // (3 * head_dim),
             ),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VECTOR_MEMORY),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=FLASH_MEMORY),
             interpret=interpret,
         )(hidden, *arrays)
 
@@ -96,6 +107,11 @@ def _run(
         return on_device(hidden, *arrays)
     specs = (PartitionSpec(), *(TOKENS for _ in arrays))
     return jax.shard_map(on_device, in_specs=specs, out_specs=TOKENS, check_vma=False)(hidden, *arrays)
+
+
+def vector_memory() -> float:
+    """Bytes of it that a core has of the TPU that this is compiled for; elsewhere kernels are interpreted."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else math.inf
 
 
 def _forward_kernel(hidden, qkv, out, *, head_dim: int) -> None:

@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dit_jax.auto import flash_heads
 from dit_jax.config import AttentionKind
 from dit_jax.errors import InputError
+from dit_jax.models import flash
 from dit_jax.models.flash import flash_attention
 from dit_jax.models.kernels import KERNELS, xla_attention
 from dit_jax.models.local_attention import make_attend
@@ -57,6 +59,46 @@ def test_gradients_are_those_that_jax_derives_from_the_equation(tokens, heads, h
     for kernel in (xla_attention, lambda x, head_dim: flash_attention(x, head_dim, interpret=True)):
         gradient = jax.grad(lambda x: (kernel(x, head_dim) * weight).sum())(qkv)  # noqa: B023
         np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
+
+
+def test_heads_that_have_no_room_beside_each_other_take_turns(monkeypatch):
+    qkv, weight = example(tokens=16, heads=6, head_dim=64)
+
+    def with_gradient():
+        return jax.value_and_grad(lambda x: (flash_attention(x, 64, interpret=True) * weight).sum())(qkv)
+
+    def kernels() -> int:
+        return str(jax.make_jaxpr(lambda x: flash_attention(x, 64))(qkv)).count("pallas_call[")
+
+    whole, at_once = with_gradient(), kernels()
+    monkeypatch.setattr(flash, "vector_memory", lambda: 700_000)
+    assert (at_once, kernels()) == (1, 3)
+    jax.tree.map(np.testing.assert_array_equal, with_gradient(), whole)
+    monkeypatch.setattr(flash, "vector_memory", lambda: 500_000)
+    with pytest.raises(InputError, match="flash has no room for 16 tokens"):
+        kernels()
+
+
+# By libtpu 0.0.42 these compiled, and those with twice the heads took the MiB in brackets, or did not say.
+@pytest.mark.parametrize(
+    ("mebibytes", "tokens", "heads", "width", "at_once"),
+    [
+        (128, 1024, 16, 72, 16),
+        (128, 4096, 12, 64, 6),  # [101, of which we take 100]
+        (128, 4096, 16, 72, 8),  # [143]
+        (64, 2048, 16, 72, 8),  # [71]
+        (64, 4096, 16, 72, 4),  # [83]
+        (16, 256, 16, 72, 16),
+        (16, 512, 16, 72, 8),  # [18]
+        (16, 576, 12, 64, 6),  # [18]: no multiple of 256 tokens, so all queries at once
+        (16, 784, 6, 64, 3),  # [17]
+        (16, 1024, 16, 72, 4),
+        (16, 2304, 16, 72, 1),
+        (16, 1156, 6, 64, 0),
+    ],
+)
+def test_as_many_heads_are_computed_at_once_as_compile(mebibytes, tokens, heads, width, at_once):
+    assert flash_heads(mebibytes * 2**20, tokens, heads, width, jnp.dtype("bfloat16")) == at_once
 
 
 @pytest.mark.parametrize("name", ["global", "window", "mixed"])

@@ -168,8 +168,8 @@ def gpu(capability: str) -> SimpleNamespace:
     ("tokens", "width", "dtype"), [(9, 8, "bfloat16"), (4, 12, "bfloat16"), (4, 136, "bfloat16"), (4, 8, "float32")]
 )
 def test_what_cudnn_does_not_take_is_computed_otherwise_or_refused(tokens, width, dtype):
-    assert auto.attention_kernel(gpu("9.0"), 4, 1, 8, jnp.bfloat16) == "cudnn"
-    assert auto.attention_kernel(gpu("9.0"), tokens, 1, width, jnp.dtype(dtype)) == "xla"
+    assert auto.attention_kernel(gpu("9.0"), 4, 8, jnp.bfloat16) == "cudnn"
+    assert auto.attention_kernel(gpu("9.0"), tokens, width, jnp.dtype(dtype)) == "xla"
     with pytest.raises(InputError, match=f"take {tokens} tokens with {dtype} heads of width {width}: expected"):
         KERNELS["cudnn"](jnp.ones((1, tokens, 3 * width), dtype), width)
 
