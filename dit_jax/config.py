@@ -132,7 +132,8 @@ class DiTConfig:
     """Tokens of that sequence, at most; 0 for none."""
     dtype: str = "auto"
     """Of matrix products: float32, bfloat16, bfloat16_operands (returned as float32: fast on CPUs with AMX), or auto
-    (bfloat16 on TPU and GPU, float32 on CPU)."""
+    (bfloat16 on TPU and GPU, float32 on CPU). Float32 is multiplied in JAX's default precision: on TPUs in that of
+    bfloat16 and on GPUs in that of TF32, unless JAX_DEFAULT_MATMUL_PRECISION=highest."""
     attention_kernel: str = "auto"
     """What computes attention: xla, cores (CPU), cudnn (NVIDIA), flash (TPU), or auto, the best where it runs."""
     remat: str = "auto"

@@ -173,5 +173,8 @@ def _weights(q: jax.Array, k: jax.Array, hidden, here) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The matrix product over one axis of each, in float32."""
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+    """The matrix product over one axis of each, in float32, whatever JAX's default precision: of bfloat16 the compiler
+    of kernels takes no other than this one, and of float32 not each that there is."""
+    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -61,6 +61,15 @@ def test_gradients_are_those_that_jax_derives_from_the_equation(tokens, heads, h
         np.testing.assert_allclose(gradient, expected, atol=2e-6 * jnp.abs(expected).max())
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "DEFAULT"), ("float32", "HIGHEST")])
+def test_the_tpu_kernel_multiplies_alike_whatever_the_default(dtype, precision):
+    qkv = jnp.zeros((1, 16, 24), dtype)
+    with jax.default_matmul_precision("highest" if dtype == "bfloat16" else "high"):
+        program = str(jax.make_jaxpr(jax.grad(lambda x: flash_attention(x, 8).astype(jnp.float32).sum()))(qkv))
+    assert program.count("dot_general[") == 7
+    assert program.count(f"precision=(Precision.{precision}, Precision.{precision})") == 7
+
+
 def test_heads_that_have_no_room_beside_each_other_take_turns(monkeypatch):
     qkv, weight = example(tokens=16, heads=6, head_dim=64)
 
