@@ -177,7 +177,7 @@ def prune(weights, params: dict, shut, difference_of) -> None:
     write_weights(PRUNE.value, dataclasses.replace(record, **known), flatten_dict(smaller, sep="/").items())
     left, before = (", ".join(map(str, network.block_heads)) for network in (config, record.model))
     print(f"wrote {PRUNE.value}: the blocks have {left} heads and had {before}")
-    print(f"outputs differ by {difference:.1g} at most, over these images at 21 timesteps")
+    print(f"outputs in float32 differ by {difference:.1g} at most, over these images at 21 timesteps")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.config import DiTConfig, attention_layers
@@ -13,7 +14,7 @@ from dit_jax.diffusion.gaussian import GaussianDiffusion
 from dit_jax.errors import InputError
 from dit_jax.inspection.images import Images, noise_like
 from dit_jax.models.attention import HEAD_AXIS
-from dit_jax.models.dit import DiT
+from dit_jax.models.dit import DiT, abstract_dit
 
 TOLERANCE = 2e-5  # of outputs, absolute
 
@@ -41,19 +42,23 @@ def cut_heads(config: DiTConfig, params: dict, shut: np.ndarray) -> tuple[DiTCon
 
 def shut_heads(model: DiT, diffusion: GaussianDiffusion, images: Images, steps: Sequence[int]) -> np.ndarray:
     """Which heads' gates are 0 for every token of the images at steps of the process: (depth, heads) bool."""
+    model = exact(model)
     opened = jax.jit(lambda model, *inputs: model.with_gates(*inputs)[1].max(axis=1))
-    gates = [np.asarray(opened(model, *inputs)) for _, inputs in _noised(model, diffusion, images, steps)]
+    with jax.default_matmul_precision("highest"):
+        gates = [np.asarray(opened(model, *inputs)) for _, inputs in _noised(model, diffusion, images, steps)]
     return np.max(gates, axis=0) == 0
 
 
 def require_same(model: DiT, smaller: DiT, diffusion: GaussianDiffusion, images: Images, steps: Sequence[int]) -> float:
-    """The largest difference of the outputs on images at steps of the process.
+    """The largest difference of the outputs, in float32, on images at steps of the process.
 
     Raises InputError if it is more than TOLERANCE: then a head opens there that was taken to be shut.
     """
+    model, smaller = exact(model), exact(smaller)
     largest, forward = 0.0, jax.jit(lambda model, *inputs: model(*inputs))
     for t, inputs in _noised(model, diffusion, images, steps):
-        difference = float(jnp.abs(forward(model, *inputs) - forward(smaller, *inputs)).max())
+        with jax.default_matmul_precision("highest"):
+            difference = float(jnp.abs(forward(model, *inputs) - forward(smaller, *inputs)).max())
         largest = max(largest, difference)
         if difference > TOLERANCE:
             raise InputError(
@@ -61,6 +66,12 @@ def require_same(model: DiT, smaller: DiT, diffusion: GaussianDiffusion, images:
                 "measure more with --timesteps and --count"
             )
     return largest
+
+
+def exact(model: DiT) -> DiT:
+    """The same network in float32: in bfloat16 sums of fewer numbers are rounded to others."""
+    graph, _ = abstract_dit(dataclasses.replace(model.config, dtype="float32", attention_kernel="auto"))
+    return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _noised(

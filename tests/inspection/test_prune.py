@@ -144,6 +144,16 @@ def test_a_gate_of_the_condition_is_measured_at_every_timestep_and_label():
     assert (largest <= widest + 1e-5).all() and (largest > 0.9 * widest).all()
 
 
+def test_outputs_are_compared_in_float32_whatever_the_network_computes_in():
+    wide = dict(hidden_size=384, num_heads=6, input_size=32, dtype="bfloat16", head_gate="token")
+    model = with_shut(wide, [[0], [1, 2], [3, 4, 5]])
+    images = Images(np.asarray(jax.random.normal(jax.random.key(1), (2, 32, 32, 4))), np.array([2, 4], np.int32), None)
+    diffusion = GaussianDiffusion.create()
+    shut = shut_heads(model, diffusion, images, (0, 500))
+    assert list(shut.sum(axis=1)) == [1, 2, 3]
+    assert require_same(model, smaller_than(model, shut), diffusion, images, (0, 500)) <= TOLERANCE
+
+
 def test_a_head_that_opens_at_another_timestep_is_found():
     model = with_shut(dict(head_gate="token"), [[0], [1], [2]])
     images = Images(np.asarray(INPUTS.x), np.array([2, 4, 5], np.int32), None)
