@@ -45,6 +45,7 @@ def main() -> None:
         "image_size": IMAGE_SIZE.value,
         "shape": moments_shape(codec, IMAGE_SIZE.value, source.channels),
         "dtype": DTYPE.value,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "class_names": list(source.class_names),
     }
     writer = LatentWriter(OUT.value, len(source), settings)

@@ -8,7 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cache, cached_property
+from functools import cached_property
 
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
@@ -35,6 +35,11 @@ class Buffer:
     @property
     def elements(self) -> int:
         return math.prod(self.dims)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        return self.bytes // self.elements
 
     @property
     def traffic(self) -> int:
@@ -209,14 +214,20 @@ class Program:
                     users[computation][operand].append(instruction)
         return users
 
-    @cached_property
+    @property
     def flops(self) -> int:
         """Operations of a device's matrix products and convolutions, two a multiply-accumulate."""
-        total = 0
-        for _, instruction, times in self.instructions():
-            if instruction.opcode == "fusion":
-                total += times * self._products(instruction.attribute("calls"))
-        return total + sum(times * self._products(name, nested=False) for name, times in self.runs)
+        return sum(self.flops_by_precision.values())
+
+    @cached_property
+    def flops_by_precision(self) -> dict[str, int]:
+        """Of them, those of numbers narrower than float32, and of float32 in JAX's default, high and highest precision:
+        by "narrow", "default", "high" and "highest"."""
+        total = defaultdict(int)
+        for name, instruction, times in self.instructions():
+            for precision, operations in self._products(name, instruction):
+                total[precision] += times * operations
+        return dict(total)
 
     @cached_property
     def kernel_flops(self) -> int:
@@ -233,16 +244,18 @@ class Program:
                 total += times * 2 * products * queries.elements * queries.dims[1]
         return total
 
-    @cache  # noqa: B019  programs are few and die with the command
-    def _products(self, name: str, nested: bool = True) -> int:
-        computation, total = self.computations[name], 0
-        for instruction in computation.values():
-            if instruction.opcode in ("dot", "convolution") or "__cudnn$conv" in instruction.attributes:
-                left, right = (computation[operand].outputs[0] for operand in instruction.operands[:2])
-                total += _product(instruction, left, right)
-            elif nested and instruction.opcode == "fusion":
-                total += self._products(instruction.attribute("calls"))
-        return total
+    def _products(self, computation: str, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """(precision, operations) of what an instruction multiplies, within fusions in fusions."""
+        if instruction.opcode == "fusion":
+            called = instruction.attribute("calls")
+            for inside in self.computations[called].values():
+                yield from self._products(called, inside)
+        elif instruction.opcode in ("dot", "convolution") or "__cudnn$conv" in instruction.attributes:
+            known = self.computations[computation]
+            left, right = (known[operand].outputs[0] for operand in instruction.operands[:2])
+            told = re.search(r"operand_precision={(\w+)", instruction.attributes)
+            precision = told[1] if told else "default"
+            yield "narrow" if left.width < 4 else precision, _product(instruction, left, right)
 
     @cached_property
     def collectives(self) -> dict[str, Collective]:

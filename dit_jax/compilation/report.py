@@ -19,8 +19,8 @@ from dit_jax.sampling.generate import network_passes
 from dit_jax.training.flops import decoder_macs, encoder_macs, forward_macs, train_flops
 
 FORMULA = (
-    "the longest of FLOPs / peak, traffic / bandwidth, bytes sent / bandwidth of the links or, between slices, of the "
-    "hosts' network: published peaks, all at once"
+    "the longest of FLOPs / peak (float32 at its own), traffic / bandwidth, bytes sent / bandwidth of the links or, "
+    "between slices, of the hosts' network: published peaks, all at once"
 )
 
 
@@ -55,7 +55,12 @@ def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dic
     report |= {
         "fits": chip is None or memory["live"] <= memory["usable"],
         "memory": memory,
-        "flops": {"analytic": analytic, "compiled": program.flops, "attention_kernels": program.kernel_flops},
+        "flops": {
+            "analytic": analytic,
+            "compiled": program.flops,
+            "by_precision": program.flops_by_precision,
+            "attention_kernels": program.kernel_flops,
+        },
         "traffic": program.traffic,
         "collectives": {
             kind: {"count": collective.runs, "bytes": collective.bytes}
@@ -134,6 +139,12 @@ def _flops(row: dict[str, Any]) -> float:
     return row["flops"]["compiled"] + row["flops"]["attention_kernels"]
 
 
+def _bfloat16_flops(row: dict[str, Any], chip: Chip) -> float:
+    """As many operations of bfloat16 as take the chip as long."""
+    products = (chip.slowdown(precision) * flops for precision, flops in row["flops"]["by_precision"].items())
+    return sum(products) + row["flops"]["attention_kernels"]
+
+
 COLUMNS: dict[str, tuple[int, Callable[[dict], str]]] = {
     "mesh": (10, lambda row: "x".join(str(size) for size in row["mesh"].values())),
     "batch": (7, lambda row: str(row["batch_size"])),
@@ -202,7 +213,7 @@ def _analytic_flops(what: str, config: ConfigDict) -> float:
 def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:
     outside = report["collectives"].get(BETWEEN_SLICES, {"bytes": 0})["bytes"]
     parts = {
-        "compute": _flops(report) / chip.flops,
+        "compute": _bfloat16_flops(report, chip) / chip.flops,
         "memory": report["traffic"] / chip.bandwidth,
         "network": (_sent(report) - outside) / chip.links,
     }

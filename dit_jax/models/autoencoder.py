@@ -13,6 +13,7 @@ from dit_jax.errors import InputError
 from dit_jax.models.abstract import abstract
 from dit_jax.models.kernels import dot_product_attention
 from dit_jax.models.layers import Linear
+from dit_jax.models.products import float32_products
 
 lecun_uniform = nnx.initializers.lecun_uniform()
 
@@ -67,7 +68,8 @@ class AutoencoderConfig:
 class AutoencoderKL(nnx.Module):
     """Images to the posterior of their latents (Kingma & Welling 2013, arXiv 1312.6114), and latents to images.
 
-    Module names are those of diffusers' state dict. Everything is float32, products too: bfloat16 shows as bands.
+    Module names are those of diffusers' state dict. Everything is float32, products too (see `float32_products`):
+    bfloat16 shows as bands.
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
@@ -88,7 +90,7 @@ class AutoencoderKL(nnx.Module):
         if x.ndim != 4 or x.shape[1] % step or x.shape[2] % step or x.shape[3] != channels:
             expected = f"(batch, height, width, {channels}), height and width multiples of {step}"
             raise InputError(f"x has shape {x.shape}; this autoencoder expects {expected}")
-        with jax.default_matmul_precision("float32"):
+        with float32_products():
             moments = self.encoder(x.astype(jnp.float32))
             return moments if self.quant_conv is None else self.quant_conv(moments)
 
@@ -101,7 +103,7 @@ class AutoencoderKL(nnx.Module):
         channels = self.config.latent_channels
         if z.ndim != 4 or z.shape[3] != channels:
             raise InputError(f"z has shape {z.shape}; this autoencoder expects (batch, height, width, {channels})")
-        with jax.default_matmul_precision("float32"):
+        with float32_products():
             z = z.astype(jnp.float32)
             return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 

@@ -4,10 +4,21 @@ XLA multiplies bfloat16 by a CPU's own instructions (Intel's AMX) where the prod
 axis of its left operand. All others it turns into products of float32.
 """
 
+from contextlib import AbstractContextManager
+
 import jax
 import jax.numpy as jnp
 
 from dit_jax.config import Precision
+
+
+def float32_products() -> AbstractContextManager:
+    """Around products of float32 that bfloat16 would spoil: they are such whatever JAX's default precision.
+
+    If that is `high`, so are they: TF32 on GPUs, as the original multiplies, and three times bfloat16 on TPUs.
+    """
+    high = jax.config.jax_default_matmul_precision in ("high", "tensorfloat32")
+    return jax.default_matmul_precision("high" if high else "float32")
 
 
 def product(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:

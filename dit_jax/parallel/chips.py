@@ -29,6 +29,20 @@ class Chip:
     """Its part of what a TPU host sends to other slices, bytes/s; None where nothing is published."""
     vector_memory: int = 0
     """Bytes in which a core of a TPU computes, by JAX's `pltpu.get_tpu_info_for_chip`."""
+    float32: float | None = None
+    """Peak in float32 of a GPU without its tensor cores, FLOP/s; None of a TPU."""
+
+    def slowdown(self, precision: str) -> float:
+        """How much longer than one of bfloat16 a product takes at best: of "narrow" numbers, or of float32 in JAX's
+        "default", "high" or "highest" precision.
+
+        TPUs make one, three or six of bfloat16 of it; GPUs one of TF32, at half of their peak, or of float32 itself.
+        """
+        if precision == "narrow":
+            return 1.0
+        if self.float32 is None:
+            return {"default": 1.0, "high": 3.0, "highest": 6.0}[precision]
+        return self.flops / self.float32 if precision == "highest" else 2.0
 
 
 CHIPS = {
@@ -38,10 +52,10 @@ CHIPS = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1640e9, 400e9, 100e9 / 8, 128 * 2**20),
     # A half of it, which is what JAX calls a device.
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2, 96 * 2**30, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, 64 * 2**20),
-    "a100": Chip(("A100",), 312e12, 80e9, 2039e9, 300e9),
-    "h100": Chip(("H100",), 989e12, 80e9, 3352e9, 450e9),
-    "h200": Chip(("H200",), 989e12, 141e9, 4800e9, 450e9),
-    "b200": Chip(("B200",), 2250e12, 180e9, 8000e9, 900e9),
+    "a100": Chip(("A100",), 312e12, 80e9, 2039e9, 300e9, float32=19.5e12),
+    "h100": Chip(("H100",), 989e12, 80e9, 3352e9, 450e9, float32=67e12),
+    "h200": Chip(("H200",), 989e12, 141e9, 4800e9, 450e9, float32=67e12),
+    "b200": Chip(("B200",), 2250e12, 180e9, 8000e9, 900e9, float32=75e12),
 }
 
 # What XLA's GPU compiler asks of a device: streaming multiprocessors, shared memory and L2 in bytes, clock in GHz,

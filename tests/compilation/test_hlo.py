@@ -36,6 +36,22 @@ def test_loops_in_loops_multiply():
     assert compiled(many, array(16, 32), array(32, 32)).flops == 15 * 2 * 16 * 32 * 32
 
 
+def test_products_are_told_apart_by_their_precision():
+    def three(x, w):
+        products = [jnp.matmul(x, w, precision=precision) for precision in ("default", "high", "highest")]
+        return sum(jnp.tanh(product) for product in products)
+
+    each = 2 * 16 * 32 * 32
+    told = compiled(three, array(16, 32), array(32, 32)).flops_by_precision
+    assert told == {"default": each, "high": each, "highest": each}
+    text = """ENTRY %main (a: bf16[4,8], b: bf16[8,2]) -> f32[4,2] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = bf16[8,2]{1,0} parameter(1)
+  ROOT %dot = f32[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, operand_precision={highest,highest}
+}"""
+    assert Program(text).flops_by_precision == {"narrow": 2 * 4 * 8 * 2}
+
+
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (2, 1, 1), (1, 1, 0)])
 def test_convolutions_count_the_products_that_are_not_with_padding(size, stride, padding):
     def convolve(x, kernel):

@@ -96,6 +96,15 @@ def test_a_chip_too_small_does_not_fit_and_the_estimate_is_bound_by_its_slowest_
     assert "no" in report.table([row]) and report.best([row]) is None
 
 
+def test_float32_takes_what_the_chip_needs_for_it():
+    config = small_config()
+    row = report.measure("encode", config, make_mesh({"data": 8}), chips.CHIPS["h100"])
+    assert row["estimate"]["parts"]["compute"] == pytest.approx(row["flops"]["compiled"] / 67e12)
+    slower = {name: chips.CHIPS["v5e"].slowdown(name) for name in ("narrow", "default", "high", "highest")}
+    assert slower == {"narrow": 1, "default": 1, "high": 3, "highest": 6}
+    assert chips.CHIPS["a100"].slowdown("default") == chips.CHIPS["a100"].slowdown("high") == 2
+
+
 def row_of(batch_size: int, compute: float, memory: float, fits: bool = True) -> dict:
     return {"fits": fits, "batch_size": batch_size, "estimate": {"parts": {"compute": compute, "memory": memory}}}
 

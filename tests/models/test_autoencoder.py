@@ -124,15 +124,15 @@ def test_latents_are_shifted_then_scaled():
     assert np.allclose(from_latents(to_latents(z, 1.5305, 0.0609), 1.5305, 0.0609), z, atol=1e-6)
 
 
-def test_products_are_float32_whatever_the_default(tiny):
+@pytest.mark.parametrize(("default", "precision"), [("bfloat16", "HIGHEST"), ("high", "HIGH")])
+def test_products_are_float32_whatever_the_default_or_of_high_precision_if_that_is(tiny, default, precision):
     x = jnp.zeros((1, 8, 8, 3), jnp.bfloat16)
-    with jax.default_matmul_precision("bfloat16"):
+    with jax.default_matmul_precision(default):
         program = jax.make_jaxpr(lambda x: tiny.decode(jnp.split(tiny.moments(x), 2, axis=-1)[0]))(x)
     products = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name in ("conv_general_dilated", "dot_general")]
     assert len(products) > 30
     assert {eqn.outvars[0].aval.dtype for eqn in products} == {jnp.dtype("float32")}
-    highest = jax.lax.Precision.HIGHEST
-    assert {eqn.params["precision"] for eqn in products} == {(highest, highest)}
+    assert {eqn.params["precision"] for eqn in products} == {(jax.lax.Precision[precision],) * 2}
 
 
 @pytest.mark.parametrize("shape", [(1, 15, 16, 3), (1, 16, 15, 3), (1, 16, 16, 4), (16, 16, 3)])
