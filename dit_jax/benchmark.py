@@ -20,7 +20,7 @@ from dit_jax import cli
 CONFIG = config_flags.DEFINE_config_file("config", help_string="All but encode and samplers: a training config.")
 JSON = flags.DEFINE_string("json", None, "File for the figures.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each.", lower_bound=1)
-PEER = flags.DEFINE_enum("peer", None, ["diffusers"], "For sample, forward and encode: measured in turn with ours.")
+PEER = flags.DEFINE_enum("peer", None, ["diffusers"], "For sample, forward and encode: in turn, on one device.")
 PROFILE = flags.DEFINE_string("profile", None, "For train and sample: folder for a trace that XProf shows.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "For encode. Default: Stable Diffusion's, with random weights.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "For encode: side of the images, pixels.", lower_bound=8)

@@ -89,7 +89,7 @@ def forward(config: ConfigDict, repeats: int, peer: str | None) -> list[Row]:
     t = np.full(len(y), 500, np.int32)
     graph, params = nnx.split(model)
     program = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
-    inputs = (x, t, y, *context)
+    inputs = jax.device_put((x, t, y, *context))
     call, compilation = compiled(program, params, *inputs)
     runs: dict[str, Callable[[], Any]] = {"forward, ours": lambda: jax.block_until_ready(call(params, *inputs))}
     if peer:

@@ -1,9 +1,11 @@
-"""The same weights and inputs in diffusers' PyTorch classes, to be measured in turn with ours."""
+"""The same weights and inputs in diffusers' PyTorch classes, to be measured in turn with ours, where ours computes."""
 
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.checkpoints.autoencoder_layout import save_autoencoder
@@ -21,7 +23,7 @@ def diffusers_dit(model: DiT, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> Ru
     """A forward pass of `DiTTransformer2DModel`."""
     peer = diffusers_network(model)
     x, t, y = nchw(x), tensor(t), tensor(y)
-    return without_gradients(lambda: peer(x, timestep=t, class_labels=y).sample)
+    return run_of(lambda: peer(x, timestep=t, class_labels=y).sample, model.config.precision.operands)
 
 
 def diffusers_sampler(model: DiT, process: Mapping[str, Any], settings: Mapping[str, Any], y: np.ndarray) -> Run:
@@ -43,18 +45,18 @@ def diffusers_sampler(model: DiT, process: Mapping[str, Any], settings: Mapping[
     y = tensor(np.concatenate([y, np.full_like(y, model.config.num_classes)]) if scale != 1 else y)
 
     def pictures() -> Any:
-        x = torch.randn(shape)
+        x = torch.randn(shape, device=y.device)
         scheduler.set_timesteps(settings["steps"])
         for t in scheduler.timesteps:
             both = torch.cat([x, x]) if scale != 1 else x
-            noise = network(both, timestep=t.expand(len(both)), class_labels=y).sample[:, : shape[1]]
+            noise = network(both, timestep=t.expand(len(both)).to(y.device), class_labels=y).sample[:, : shape[1]]
             if scale != 1:
                 conditional, unconditional = noise.chunk(2)
                 noise = unconditional + scale * (conditional - unconditional)
             x = scheduler.step(noise, t, x).prev_sample
         return x
 
-    return without_gradients(pictures)
+    return run_of(pictures, model.config.precision.operands)
 
 
 def diffusers_network(model: DiT) -> Any:
@@ -66,8 +68,8 @@ def diffusers_autoencoder(vae: AutoencoderKL, x: np.ndarray, z: np.ndarray) -> d
     peer = loaded("AutoencoderKL", lambda folder: save_autoencoder(vae, f"diffusers:{folder}/vae"), "vae")
     x, z = nchw(x), nchw(z)
     return {
-        "encode, diffusers": without_gradients(lambda: peer.encode(x).latent_dist.parameters),
-        "decode, diffusers": without_gradients(lambda: peer.decode(z).sample),
+        "encode, diffusers": run_of(lambda: peer.encode(x).latent_dist.parameters),
+        "decode, diffusers": run_of(lambda: peer.decode(z).sample),
     }
 
 
@@ -80,7 +82,19 @@ def loaded(name: str, save: Callable[[str], None], part: str) -> Any:
         raise InputError("--peer=diffusers needs PyTorch and diffusers: pip install torch diffusers") from error
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
-        return getattr(diffusers, name).from_pretrained(f"{folder}/{part}")
+        return getattr(diffusers, name).from_pretrained(f"{folder}/{part}").to(device())
+
+
+def device() -> str:
+    """PyTorch's name of what JAX computes on. Raises InputError if PyTorch does not."""
+    import torch
+
+    platform = jax.default_backend()
+    if platform == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    if platform != "cpu":
+        raise InputError(f"--peer=diffusers: PyTorch finds no {platform.upper()} here: set JAX_PLATFORMS=cpu")
+    return "cpu"
 
 
 def nchw(x: np.ndarray) -> Any:
@@ -90,10 +104,18 @@ def nchw(x: np.ndarray) -> Any:
 def tensor(x: np.ndarray) -> Any:
     import torch
 
-    return torch.from_numpy(x)
+    return torch.from_numpy(x).to(device())
 
 
-def without_gradients(function: Run) -> Run:
+def run_of(function: Run, operands: jnp.dtype = jnp.float32) -> Run:
+    """`function` without gradients, its products of bfloat16 if ours have such operands; over when the device is."""
     import torch
 
-    return torch.no_grad()(function)
+    def run() -> Any:
+        with torch.no_grad(), torch.autocast(device(), torch.bfloat16, enabled=operands == jnp.bfloat16):
+            result = function()
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run

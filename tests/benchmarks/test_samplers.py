@@ -9,8 +9,6 @@ from PIL import Image
 
 from dit_jax import DiTConfig, save_dit
 from dit_jax.benchmarks import rates, samplers
-from dit_jax.benchmarks.peers import diffusers_sampler
-from dit_jax.checkpoints.files import load_dit
 from dit_jax.errors import InputError
 from dit_jax.evaluation.classifier import write_classifier
 from dit_jax.models.classifier import Classifier, ClassifierConfig
@@ -57,11 +55,3 @@ def test_latents_are_refused(tmp_path):
     save_dit(seeded_dit(TINY), tmp_path / "latents.safetensors")
     with pytest.raises(InputError, match="draws latents"):
         samplers.compare(str(tmp_path / "latents.safetensors"), "digits", 40)
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
-def test_the_peer_draws_with_each_sampler(weights, sampler):
-    process = {"steps": 1000, "schedule": "linear"}
-    settings = {"sampler": sampler, "steps": 4, "guidance": 2.0, "clip_denoised": True}
-    pictures = diffusers_sampler(load_dit(weights), process, settings, np.arange(3, dtype=np.int32))()
-    assert pictures.shape == (3, 1, 8, 8) and np.isfinite(pictures.numpy()).all() and float(pictures.std()) > 0
