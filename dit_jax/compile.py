@@ -21,7 +21,9 @@ from ml_collections import config_flags
 from dit_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of a config; --config.FIELD=VALUE changes it.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chips: v5e:4x4, 2*v5e:16x16 (two slices), h100:8 or cpu:8.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips: v5e:4x4, h100:8 or cpu:8; 2*v5e:4x4 for two slices, 2*h100:8 for two hosts."
+)
 WHAT = flags.DEFINE_enum("what", "train", ["train", "sample", "encode"], "The program, for config.batch_size images.")
 COMPARE = flags.DEFINE_multi_string("compare", [], "A row of the table: FIELD=VALUE,... of the config. Give several.")
 LARGEST = flags.DEFINE_bool("largest_batch", False, "Also look for the largest batch a chip, by bisection: slow.")

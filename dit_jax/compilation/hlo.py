@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its optimised HLO: products, memory traffic and collectives.
+"""What a compiled program does, read off its optimised HLO: products and memory traffic.
 
 The compiler's own cost analysis counts the body of a loop once; here everything counts as often as it runs.
 """
@@ -14,8 +14,6 @@ BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
     "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
 }  # fmt: skip
-BETWEEN_SLICES = "slice-to-slice"  # TPUs hand their hosts what these exchange, by the instruction `send`
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
 # They name or rename memory and move nothing.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "add-dependency"}  # fmt: skip
@@ -59,15 +57,6 @@ class Instruction:
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective operation of the program, with the bytes that each device sends, all its runs together."""
-
-    kind: str
-    runs: int
-    bytes: float
 
 
 class Program:
@@ -257,62 +246,6 @@ class Program:
             precision = told[1] if told else "default"
             yield "narrow" if left.width < 4 else precision, _product(instruction, left, right)
 
-    @cached_property
-    def collectives(self) -> dict[str, Collective]:
-        """By kind: how often devices talk to each other and the bytes that each sends, by the ring algorithms."""
-        counts, sent = defaultdict(int), defaultdict(float)
-        seen = set()
-        for name, times, fused in self._with_fusions():
-            for instruction in self.computations[name].values():
-                kind = {"send": BETWEEN_SLICES}.get(instruction.opcode, instruction.opcode.removesuffix("-start"))
-                if kind not in COLLECTIVES:
-                    continue
-                if fused:  # several of them carry out one operation, and two operations may share a channel
-                    one = kind, *re.findall(r'channel_id=\d+|chain_id="\d+"', instruction.attributes)
-                    if one in seen:
-                        continue
-                    seen.add(one)
-                group = self._group_size(instruction)
-                result = instruction.outputs
-                if kind == BETWEEN_SLICES:
-                    result = result[:1]
-                elif instruction.opcode == "collective-permute-start":
-                    result = result[1:2]
-                elif len(result) > len(instruction.operands):  # what starts one holds its operands too
-                    result = result[len(result) // 2 :]
-                size = sum(output.bytes for output in result)
-                if kind == "all-reduce" and self._is_scattered(name, instruction):
-                    kind, size = "reduce-scatter", size / group
-                counts[kind] += times
-                sent[kind] += times * size * _ring_share(kind, group)
-        return {kind: Collective(kind, counts[kind], sent[kind]) for kind in COLLECTIVES if kind in counts}
-
-    def _is_scattered(self, computation: str, instruction: Instruction) -> bool:
-        """Whether a sum over devices is one that each keeps its own part of: so TPUs write a reduce-scatter."""
-        (result,) = (other for other in self.computations[computation].values() if other.root)
-        return result.opcode == "dynamic-slice" and result.operands[0] == instruction.name
-
-    def _with_fusions(self) -> Iterator[tuple[str, int, bool]]:
-        """(computation, how often it runs, whether it is inside a fusion or an asynchronous operation)."""
-        for name, times in self.runs:
-            yield name, times, False
-            for instruction in self.computations[name].values():
-                if instruction.opcode == "fusion" or instruction.opcode.startswith("async-start"):
-                    called = instruction.attribute("calls")
-                    if called:
-                        yield called, times, True
-
-    def _group_size(self, instruction: Instruction) -> int:
-        text = instruction.attributes
-        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-            return int(found[2])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? \{([^}]*)\}", text):
-            sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-            return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", found[2]))
-        if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-            return found[1].count(",") + 1
-        return self.devices
-
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -380,15 +313,3 @@ def _numbers(attributes: str, name: str, axis: int) -> tuple[int, ...]:
     """What a window says of an axis: `pad=1_1x0_0` is (1, 1) of the first and (0, 0) of the second."""
     found = re.search(rf"window={{[^}}]*\b{name}=([\d_x\-]+)", attributes)
     return tuple(int(number) for number in found[1].split("x")[axis].split("_")) if found else ()
-
-
-def _ring_share(kind: str, devices: int) -> float:
-    """Bytes that a device sends for each byte of the result."""
-    return {
-        "all-gather": (devices - 1) / devices,
-        "all-reduce": 2 * (devices - 1) / devices,
-        "reduce-scatter": devices - 1,
-        "all-to-all": (devices - 1) / devices,
-        "collective-permute": 1,
-        BETWEEN_SLICES: 1,
-    }[kind]

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dit_jax.compilation.hlo import BETWEEN_SLICES, Program
+from dit_jax.compilation.collectives import collectives
+from dit_jax.compilation.hlo import Program
 from dit_jax.compilation.programs import codec_of, lower
 from dit_jax.config import DiTConfig
 from dit_jax.models.dit import abstract_dit
@@ -20,7 +21,7 @@ from dit_jax.training.flops import decoder_macs, encoder_macs, forward_macs, tra
 
 FORMULA = (
     "the longest of FLOPs / peak (float32 at its own), traffic / bandwidth, bytes sent / bandwidth of the links or, "
-    "between slices, of the hosts' network: published peaks, all at once"
+    "between GPUs' hosts and slices of TPUs, of the hosts' network: published peaks, all at once"
 )
 
 
@@ -63,8 +64,8 @@ def measure(what: str, config: ConfigDict, mesh: Mesh, chip: Chip | None) -> dic
         },
         "traffic": program.traffic,
         "collectives": {
-            kind: {"count": collective.runs, "bytes": collective.bytes}
-            for kind, collective in program.collectives.items()
+            kind: {"count": collective.runs, "bytes": collective.bytes, "outside": collective.outside}
+            for kind, collective in collectives(program, _hosts(mesh)).items()
         },
     }
     if what == "train":
@@ -177,6 +178,12 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(alike, key=lambda row: seconds_an_image(row, sum), default=None)
 
 
+def _hosts(mesh: Mesh) -> list[int]:
+    """Of each GPU; TPUs of a slice are linked to each other whatever their hosts, and what leaves it says so itself."""
+    devices = mesh.devices.flat
+    return [device.process_index for device in devices] if devices[0].platform == "gpu" else []
+
+
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     stats = compiled.memory_analysis()
     return {
@@ -211,14 +218,14 @@ def _analytic_flops(what: str, config: ConfigDict) -> float:
 
 
 def _estimate(report: dict[str, Any], chip: Chip) -> dict[str, Any]:
-    outside = report["collectives"].get(BETWEEN_SLICES, {"bytes": 0})["bytes"]
+    outside = sum(kind["outside"] for kind in report["collectives"].values())
     parts = {
         "compute": _bfloat16_flops(report, chip) / chip.flops,
         "memory": report["traffic"] / chip.bandwidth,
         "network": (_sent(report) - outside) / chip.links,
     }
     if outside and chip.outside:
-        parts["slices"] = outside / chip.outside
+        parts["hosts"] = outside / chip.outside
     seconds = max(parts.values())
     return {
         "seconds": seconds,

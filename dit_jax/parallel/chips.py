@@ -26,7 +26,8 @@ class Chip:
     links: float
     """Bytes/s that it sends to its neighbours, over all links."""
     outside: float | None = None
-    """Its part of what a TPU host sends to other slices, bytes/s; None where nothing is published."""
+    """Its part of what its host sends to others, bytes/s: of a TPU to other slices, of a GPU by InfiniBand, as in an
+    NVIDIA DGX; None where nothing is published."""
     vector_memory: int = 0
     """Bytes in which a core of a TPU computes, by JAX's `pltpu.get_tpu_info_for_chip`."""
     float32: float | None = None
@@ -52,10 +53,10 @@ CHIPS = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1640e9, 400e9, 100e9 / 8, 128 * 2**20),
     # A half of it, which is what JAX calls a device.
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2, 96 * 2**30, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, 64 * 2**20),
-    "a100": Chip(("A100",), 312e12, 80e9, 2039e9, 300e9, float32=19.5e12),
-    "h100": Chip(("H100",), 989e12, 80e9, 3352e9, 450e9, float32=67e12),
-    "h200": Chip(("H200",), 989e12, 141e9, 4800e9, 450e9, float32=67e12),
-    "b200": Chip(("B200",), 2250e12, 180e9, 8000e9, 900e9, float32=75e12),
+    "a100": Chip(("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9, float32=19.5e12),
+    "h100": Chip(("H100",), 989e12, 80e9, 3352e9, 450e9, 50e9, float32=67e12),
+    "h200": Chip(("H200",), 989e12, 141e9, 4800e9, 450e9, 50e9, float32=67e12),
+    "b200": Chip(("B200",), 2250e12, 180e9, 8000e9, 900e9, 50e9, float32=75e12),
 }
 
 # What XLA's GPU compiler asks of a device: streaming multiprocessors, shared memory and L2 in bytes, clock in GHz,
@@ -71,7 +72,10 @@ GPUS = {
     "b200": dict(sms=148, shared=233472, per_block=232448, l2=132644864, clock=1.96, major=10, name="NVIDIA B200"),
 }
 
-USAGE = "v5e:4x4 (v4, v5e, v5p, v6e, tpu7x), 2*v5e:4x4 for two slices, h100:8 (a100, h100, h200, b200) or cpu:8"
+USAGE = (
+    "v5e:4x4 (v4, v5e, v5p, v6e, tpu7x), h100:8 (a100, h100, h200, b200) or cpu:8; 2*v5e:4x4 for two slices, 2*h100:8 "
+    "for two hosts"
+)
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -4,19 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from dit_jax.compilation.collectives import Collective, collectives
 from dit_jax.compilation.hlo import Program
-from dit_jax.parallel.mesh import make_mesh
 
 
 def compiled(function, *shapes) -> Program:
     return Program(jax.jit(function).lower(*shapes).compile().as_text())
 
 
-def array(*shape: int, sharding=None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+def array(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def test_products_in_a_loop_count_as_often_as_it_runs():
@@ -156,113 +154,6 @@ ENTRY %main (stack: bf16[12,8,16], i: s32[]) -> bf16[1,8,16] {
     assert program.traffic == 2 * 8 * 16 * 2 + 4
 
 
-def test_what_devices_send_is_what_ring_algorithms_send():
-    mesh = make_mesh({"data": 8})
-    rows = NamedSharding(mesh, P("data"))
-
-    def mean_gradient(w, x):
-        return jax.grad(lambda w: ((x @ w) ** 2).sum())(w)
-
-    with jax.set_mesh(mesh):
-        whole = NamedSharding(mesh, P())
-        step = jax.jit(mean_gradient, out_shardings=whole)
-        text = step.lower(array(32, 64, sharding=whole), array(128, 32, sharding=rows)).compile().as_text()
-    (collective,) = Program(text).collectives.values()
-    assert collective.kind == "all-reduce" and collective.runs == 1
-    assert collective.bytes == 2 * 7 / 8 * 4 * 32 * 64
-
-
-def test_what_slices_exchange_is_told_apart_and_operations_may_share_a_channel():
-    """So libtpu writes a gather that three fusions carry out, and a sum over two slices, in a loop of seven rounds."""
-    program = Program(
-        """HloModule step, num_partitions=4
-
-%start (p: f32[8,32]) -> f32[32,32] {
-  %p = f32[8,32]{1,0} parameter(0)
-  ROOT %all-gather.1 = f32[32,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
-}
-
-%finish (p: f32[8,32]) -> f32[32,32] {
-  %p = f32[8,32]{1,0} parameter(0)
-  ROOT %all-gather.2 = f32[32,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
-}
-
-%other (p: f32[2,32]) -> f32[8,32] {
-  %p = f32[2,32]{1,0} parameter(0)
-  ROOT %all-gather.3 = f32[8,32]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="1"}
-}
-
-%add (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[] parameter(0)
-  %y = f32[] parameter(1)
-  ROOT %sum = f32[] add(%x, %y)
-}
-
-%body (state: (s32[], f32[2,32])) -> (s32[], f32[2,32]) {
-  %state = (s32[], f32[2,32]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%state), index=0
-  %x = f32[2,32]{1,0} get-tuple-element(%state), index=1
-  %y = f32[8,32]{1,0} fusion(%x), kind=kCustom, calls=%other
-  %begun = f32[32,32]{1,0} fusion(%y), kind=kCustom, calls=%start
-  %ended = f32[32,32]{1,0} fusion(%y), kind=kCustom, calls=%finish
-  %sum = f32[32,32]{1,0} all-reduce(%ended), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
-  %token = token[] after-all()
-  %send.1 = (f32[2,32]{1,0}, u32[], token[]) send(%x, %token), channel_id=1, is_host_transfer=true
-  %sent = token[] send-done(%send.1), channel_id=1, is_host_transfer=true
-  %recv.1 = (f32[2,32]{1,0}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true
-  %received = (f32[2,32]{1,0}, token[]) recv-done(%recv.1), channel_id=2, is_host_transfer=true
-  %z = f32[2,32]{1,0} get-tuple-element(%received), index=0
-  ROOT %next = (s32[], f32[2,32]{1,0}) tuple(%i, %z)
-}
-
-%condition (state: (s32[], f32[2,32])) -> pred[] {
-  %state = (s32[], f32[2,32]{1,0}) parameter(0)
-  ROOT %true = pred[] constant(true)
-}
-
-ENTRY %main (p: (s32[], f32[2,32])) -> (s32[], f32[2,32]) {
-  %p = (s32[], f32[2,32]{1,0}) parameter(0)
-  ROOT %loop = (s32[], f32[2,32]{1,0}) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
-}
-"""  # noqa: E501
-    )
-    found = {kind: (collective.runs, collective.bytes) for kind, collective in program.collectives.items()}
-    assert found == {
-        "all-gather": (14, 7 * 3 / 4 * 4 * (32 + 8) * 32),
-        "all-reduce": (7, 7 * 2 * 3 / 4 * 4 * 32 * 32),
-        "slice-to-slice": (7, 7 * 4 * 2 * 32),
-    }
-
-
-def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter():
-    """So TPUs write it, the groups as axes of a mesh whose devices are in another order."""
-    program = Program(
-        """HloModule step, num_partitions=16
-
-%add (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[] parameter(0)
-  %y = f32[] parameter(1)
-  ROOT %sum = f32[] add(%x, %y)
-}
-
-%all-reduce-scatter.1 (p: f32[64,32]) -> f32[16,32] {
-  %p = f32[64,32]{1,0} parameter(0)
-  %all-reduce.1 = f32[64,32]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, to_apply=%add
-  %i = s32[] constant(0)
-  ROOT %part = f32[16,32]{1,0} dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={16,32}
-}
-
-ENTRY %main (p: f32[64,32]) -> f32[64,32] {
-  %p = f32[64,32]{1,0} parameter(0)
-  %own = f32[16,32]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %all = f32[64,32]{1,0} all-gather(%own), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=4], device_ids=([4,4]T(1,0)) {'axis_1'}, dimensions={0}
-}
-"""  # noqa: E501
-    )
-    sent = {kind: collective.bytes for kind, collective in program.collectives.items()}
-    assert sent == {"reduce-scatter": 3 * 4 * 16 * 32, "all-gather": 3 / 4 * 4 * 64 * 32}
-
-
 def test_what_is_begun_and_awaited_counts_as_if_done_at_once():
     """So XLA of JAX 0.12 writes for GPUs: a slice, a sum over devices with its operand in its shape, and an update."""
     program = Program(
@@ -302,8 +193,7 @@ ENTRY %main (stack: f32[28,64], i: s32[]) -> f32[28,64] {
         "all-reduce-start": 2 * row,
         "fusion-start.1": 2 * row + index,
     }
-    (collective,) = program.collectives.values()
-    assert collective.kind == "all-reduce" and collective.bytes == 2 * 7 / 8 * row
+    assert collectives(program) == {"all-reduce": Collective(1, 2 * 7 / 8 * row, 0)}
 
 
 def test_what_another_core_of_the_chip_sends_counts():
@@ -323,5 +213,5 @@ ENTRY %main (part: bf16[1,64]) -> bf16[16,64] {
 }
 """  # noqa: E501
     )
-    assert program.collectives["all-gather"].bytes == 15 / 16 * 2 * 16 * 64
+    assert collectives(program)["all-gather"].bytes == 15 / 16 * 2 * 16 * 64
     assert program.traffic == 2 * (16 + 1) * 64
