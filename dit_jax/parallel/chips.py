@@ -97,18 +97,20 @@ def usable_memory(chip: Chip, platform: str) -> float:
     return float(told or 0.75) * chip.memory
 
 
-def training_options(device: jax.Device) -> dict[str, bool | int]:
+def training_options(device: jax.Device) -> dict[str, bool | int | str]:
     """What the compiler of a program that trains on such devices is told, to go with `jax.jit`.
 
     GPUs take no kernel whose sums depend on which thread comes first: of cuDNN's for attention backward one does, and
-    that for the gradient of a label which a batch has twice. TPU7x multiplies weights when all of them are gathered: in
-    parts, as they come, XL/2 moves 139 GB on each of 16 devices, and so 43. On v5e it would move 22 and not 20, and on
-    v5p send 3.2 and not 2.6.
+    that for the gradient of a label which a batch has twice. JAX 0.12 would take none of Triton's then. TPU7x
+    multiplies weights when all of them are gathered: in parts, as they come, XL/2 moves 139 GB on each of 16 devices,
+    and so 43. On v5e it would move 22 and not 20, and on v5p send 3.2 and not 2.6.
     """
-    options = {"xla_gpu_exclude_nondeterministic_ops": True}
     if device.device_kind == "TPU7x":
-        options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] = 1_000_000
-    return options
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+    if device.platform != "gpu":
+        return {}
+    triton = {"xla_gpu_experimental_deterministic_ops_triton": "DETERMINISTIC_OPS_TRITON_MODE_UNCHECKED"}
+    return {"xla_gpu_exclude_nondeterministic_ops": True} | (triton if jax.__version_info__ >= (0, 12) else {})
 
 
 def prepare(topology: str) -> None:

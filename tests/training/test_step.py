@@ -177,15 +177,19 @@ def test_a_step_repeats_bit_for_bit(on_one_device):
 def test_the_step_is_compiled_as_its_devices_need(monkeypatch):
     given, config = {}, tiny_config()
     monkeypatch.setattr(jax, "jit", lambda function, **options: given.update(options))
+    monkeypatch.setattr("dit_jax.training.step.training_options", lambda device: {"told for": device.device_kind})
     make_train_step(config, make_mesh(config.mesh, jax.devices()[:1]))
-    assert given["compiler_options"] == training_options(jax.devices()[0])
+    assert given["compiler_options"] == {"told for": "cpu"}
 
 
-def test_what_compilers_are_told():
-    for kind in ("cpu", "NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU7x"):
-        options = training_options(SimpleNamespace(device_kind=kind))
-        assert options["xla_gpu_exclude_nondeterministic_ops"]  # steps repeat bit for bit; others do not look at it
-        assert ("xla_jf_spmd_threshold_for_windowed_einsum_mib" in options) == (kind == "TPU7x")
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)])
+def test_what_compilers_are_told(version, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    told = lambda platform, kind: set(training_options(SimpleNamespace(platform=platform, device_kind=kind)))  # noqa: E731
+    assert told("cpu", "cpu") == told("tpu", "TPU v5 lite") == set()
+    assert told("tpu", "TPU7x") == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
+    newer = {"xla_gpu_experimental_deterministic_ops_triton"} if version >= (0, 12) else set()
+    assert told("gpu", "NVIDIA H100 80GB HBM3") == {"xla_gpu_exclude_nondeterministic_ops"} | newer
 
 
 def test_one_compilation_and_no_transfers():
