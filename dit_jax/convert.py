@@ -26,12 +26,14 @@ def main(source: str, destination: str) -> None:
     import dataclasses
     from pathlib import Path
 
+    import jax
     from tqdm import tqdm
 
     from dit_jax.checkpoints import files, torch_layout
     from dit_jax.files import digest
     from dit_jax.training import torch_run
 
+    jax.config.update("jax_platforms", "cpu")  # a training may have the others, and a TPU pod starts on all hosts only
     given = {"num_heads": NUM_HEADS.value, "num_classes": NUM_CLASSES.value, "input_size": INPUT_SIZE.value}
     known = {name: value for name, value in given.items() if value is not None}
     path, written = files.find(source), files.format_of(destination)

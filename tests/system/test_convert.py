@@ -174,6 +174,12 @@ def much() -> Iterator[tuple[str, torch.Tensor]]:
         yield name, torch.from_numpy(values).view(shape)
 
 
+def test_accelerators_are_left_to_those_who_compute(folder, tmp_path):
+    command = [sys.executable, "-m", "dit_jax.convert", folder / "arrays", tmp_path / "weights.pt"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "tpu"}, timeout=300)
+    assert torch.load(tmp_path / "weights.pt", weights_only=True)
+
+
 def peak_memory(command: str, *args: str | Path) -> int:
     """Of the command, in bytes. A small process in between: what this one has taken would count as its child's."""
     script = (
