@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dit_jax.compilation.hlo import Instruction, Program
+from dit_jax.compilation.hlo import Buffer, Instruction, Program
 
 BETWEEN_SLICES = "slice-to-slice"  # TPUs hand their hosts what these exchange, by the instruction `send`
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
@@ -47,7 +47,8 @@ def collectives(program: Program, hosts: Sequence[int] = ()) -> dict[str, Collec
     return {kind: collective for kind, collective in found.items() if collective.runs}
 
 
-def _results(kind: str, instruction: Instruction) -> tuple:
+def _results(kind: str, instruction: Instruction) -> tuple[Buffer, ...]:
+    """What an operation gives a device."""
     results = instruction.outputs
     if kind == BETWEEN_SLICES:
         return results[:1]
