@@ -106,7 +106,8 @@ def details(row: dict) -> str:
         f"{flops['analytic'] / 1e12:.2f} analytic without recomputation ({total / flops['analytic']:.3f})"
     )
     for kind, collective in row["collectives"].items():
-        lines.append(f"{kind}: {collective['count']} times, {collective['bytes'] / 1e9:.3f} GB sent a chip")
+        away = f", {collective['outside'] / 1e9:.3f} of them out of its host or slice" if collective["outside"] else ""
+        lines.append(f"{kind}: {collective['count']} times, {collective['bytes'] / 1e9:.3f} GB sent a chip{away}")
     if minimum := row.get("collectives_minimum"):
         sent = sum(collective["bytes"] for collective in row["collectives"].values())
         least = sum(minimum.values())
