@@ -10,12 +10,16 @@ Examples:
   python -m dit_jax.benchmark data --config=configs/imagenet256.py --config.data.source=latents:data/imagenet256
   python -m dit_jax.benchmark samplers --weights=runs/digits --data=digits --json=samplers.json --plot=samplers.png
   python -m dit_jax.benchmark encode --peer=diffusers --image_size=256 --batch=1 --json=speed.json
+
+train, sample and data measure all devices; in several processes, run in each of them, those of all. The others
+measure one device, the first of each process, and the first process tells.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from dit_jax import cli
+from dit_jax.parallel import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="All but encode and samplers: a training config.")
 JSON = flags.DEFINE_string("json", None, "File for the figures.")
@@ -31,6 +35,7 @@ COUNT = flags.DEFINE_integer("count", 1000, "For samplers: images drawn with eac
 FEATURES = flags.DEFINE_string("features", None, "For samplers, with --reference: classifier:PATH.")
 REFERENCE = flags.DEFINE_string("reference", None, "For samplers, with --features: as dit_jax.evaluate makes it.")
 PLOT = flags.DEFINE_string("plot", None, "For samplers: a PNG of the figures.")
+flags.adopt_module_key_flags(processes)
 
 WHAT = ("train", "sample", "forward", "data", "encode", "samplers")
 ONLY_FOR = {
@@ -44,6 +49,7 @@ ONLY_FOR = {
 }
 
 
+@processes.together()
 def main(what: str) -> None:
     from dit_jax.errors import InputError
 
@@ -71,6 +77,8 @@ def main(what: str) -> None:
         "encode": lambda: parts.encode(AUTOENCODER.value, IMAGE_SIZE.value, BATCH.value, REPEATS.value, PEER.value),
         "samplers": lambda: samplers.compare(WEIGHTS.value, DATA.value, COUNT.value, FEATURES.value, REFERENCE.value),
     }[what]()
+    if not processes.is_first():
+        return
     print(rates.table(rows))
     if JSON.value:
         write_json(JSON.value, rows)

@@ -19,6 +19,7 @@ import time
 from absl import flags
 
 from dit_jax import cli
+from dit_jax.parallel import processes
 
 WEIGHTS = flags.DEFINE_string("weights", None, "A run, a file or folder of weights, or a name.")
 OUT = flags.DEFINE_string("out", None, "Folder to make.")
@@ -50,6 +51,7 @@ def main() -> None:
     from dit_jax.inspection.report import make_report, write_report
     from dit_jax.models.dit import abstract_dit
 
+    processes.require_alone()
     started, count = time.monotonic(), COUNT.value
     weights = open_weights(WEIGHTS.value, None if EMA.value else "model")
     record, codec = weights.record, choose_codec(weights)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dit_jax.benchmarks import peers
 from dit_jax.benchmarks.rates import Row, compiled, in_turn, peak_memory, row, utilisation
 from dit_jax.checkpoints.autoencoder_layout import load_autoencoder
-from dit_jax.checkpoints.codec import IDENTITY, Codec
+from dit_jax.checkpoints.codec import IDENTITY
 from dit_jax.compilation.programs import codec_of, context_of
 from dit_jax.config import DiTConfig
 from dit_jax.data.sources import open_source
@@ -51,18 +52,20 @@ def train(config: ConfigDict, repeats: int, profile: str | None) -> list[Row]:
         (measured,) = in_turn({f"train, batches of {config.batch_size}": steps}, STEPS * config.batch_size, repeats)
         with profiled(profile):
             steps()
-    return [measured | utilisation(measured["median"], train_flops(model)) | peak_memory() | compilation]
+    return [measured | utilisation(measured["median"], train_flops(model), mesh.size) | peak_memory() | compilation]
 
 
 def sample(config: ConfigDict, repeats: int, profile: str | None, peer: str | None) -> list[Row]:
     """Pictures as `config.sample` says, by weights without meaning, decoded where the config works on latents.
 
-    Beside diffusers' network and scheduler with the same weights, neither decodes."""
-    mesh, model = make_mesh(config.mesh), DiTConfig(**config.model)
-    codec = IDENTITY if peer else with_weights(codec_of(config))
+    Beside diffusers' network and scheduler with the same weights, on one device, neither decodes."""
+    mesh = make_mesh(devices=jax.local_devices()[:1]) if peer else make_mesh(config.mesh)
+    require_shards(config.batch_size, 1, mesh)
+    model, codec = DiTConfig(**config.model), IDENTITY if peer else codec_of(config)
     with jax.set_mesh(mesh):
+        codec = codec._replace(params=filled(zeros, codec.params, mesh))
+        params = filled(normal, abstract_dit(model)[1], mesh)
         generate = make_generate(model, config.diffusion, codec, **config.sample)
-        params = random_weights(model)
         _, labels, *context = examples(model, config.batch_size).values()
         keys = image_keys(0, 0, config.batch_size)
 
@@ -78,7 +81,7 @@ def sample(config: ConfigDict, repeats: int, profile: str | None, peer: str | No
         with profiled(profile):
             pictures()
     passes = network_passes(config.diffusion, **config.sample)
-    rows[0] |= utilisation(rows[0]["median"], 2 * forward_macs(model) * passes) | peak_memory()
+    rows[0] |= utilisation(rows[0]["median"], 2 * forward_macs(model) * passes, mesh.size) | peak_memory()
     return rows
 
 
@@ -95,7 +98,7 @@ def forward(config: ConfigDict, repeats: int, peer: str | None) -> list[Row]:
     if peer:
         runs["forward, diffusers"] = peers.diffusers_dit(model, x, t, y)
     rows = in_turn(runs, config.batch_size, repeats)
-    rows[0] |= utilisation(rows[0]["median"], 2 * forward_macs(model.config)) | compilation
+    rows[0] |= utilisation(rows[0]["median"], 2 * forward_macs(model.config), 1) | compilation
     return rows
 
 
@@ -152,16 +155,18 @@ def examples(model: DiTConfig, count: int) -> dict[str, np.ndarray]:
     } | {name: np.ones(shape.shape, shape.dtype) for name, shape in context_of(model, count).items()}
 
 
-def random_weights(model: DiTConfig) -> dict:
+def normal(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Weights that compute something: those of a new model would give zeros."""
-    shapes = abstract_dit(model)[1]
-    return jax.jit(
-        lambda: jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes)
-    )()
+    return 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
 
 
-def with_weights(codec: Codec) -> Codec:
-    return codec._replace(params=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), codec.params))
+def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def filled(make: Callable[[jax.ShapeDtypeStruct], jax.Array], shapes: Any, mesh: Mesh) -> Any:
+    """Arrays of such shapes, made where they are to lie: whole on every device."""
+    return jax.jit(lambda: jax.tree.map(make, shapes), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
 def profiled(folder: str | None) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 from dit_jax.parallel.chips import peak_flops
+from dit_jax.parallel.processes import is_first
 
 Row = dict[str, Any]
 
@@ -17,10 +18,11 @@ Row = dict[str, Any]
 def in_turn(runs: Mapping[str, Callable[[], Any]], images: int, repeats: int) -> list[Row]:
     """Rows of images a second; each run once to warm up, then all of them again and again, so that whatever else the
     machine does meets all alike. A run makes `images` images and is over when it returns."""
-    for call in tqdm(runs.values(), desc="warming up", unit="run"):
+    quiet = not is_first()
+    for call in tqdm(runs.values(), desc="warming up", unit="run", disable=quiet):
         call()
     rates = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc="measuring", unit="round"):
+    for _ in tqdm(range(repeats), desc="measuring", unit="round", disable=quiet):
         for name, call in runs.items():
             started = time.perf_counter()
             call()
@@ -39,10 +41,10 @@ def compiled(program: Any, *arguments: Any) -> tuple[Callable, Row]:
     return executable, {"compile_seconds": time.perf_counter() - started}
 
 
-def utilisation(rate: float, flops_per_image: float) -> Row:
-    """{"mfu"} of a rate in images a second over all devices; nothing where no peak is published."""
+def utilisation(rate: float, flops_per_image: float, devices: int) -> Row:
+    """{"mfu"} of a rate in images a second over so many devices; nothing where no peak is published."""
     peak = peak_flops(jax.devices()[0])
-    return {"mfu": rate * flops_per_image / (peak * jax.device_count())} if peak else {}
+    return {"mfu": rate * flops_per_image / (peak * devices)} if peak else {}
 
 
 def peak_memory() -> Row:

@@ -18,6 +18,7 @@ from dit_jax.evaluation.comparison import make_comparison
 from dit_jax.evaluation.images import labelled_images
 from dit_jax.files import replacing
 from dit_jax.parallel.mesh import make_mesh
+from dit_jax.parallel.processes import is_first
 from dit_jax.sampling.generate import SAMPLERS, make_generate, network_passes
 from dit_jax.training.evaluating import draw
 
@@ -60,7 +61,8 @@ def compare(
     if features and reference:
         figures_of = make_comparison(features, reference, (side, side, record.model.in_channels), make_mesh(), BATCH)
     rows = []
-    for sampler, scale, number in tqdm(list(product(samplers, guidance, steps)), unit="setting"):
+    every = list(product(samplers, guidance, steps))
+    for sampler, scale, number in tqdm(every, unit="setting", disable=not is_first()):
         settings = dict(record.sample) | {"sampler": sampler, "steps": number, "guidance": scale}
         generate = make_generate(record.model, record.diffusion, **settings)
         images = draw(generate, params, labels, context, seed=0, batch=min(BATCH, count))

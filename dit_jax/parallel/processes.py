@@ -67,6 +67,16 @@ def together(saves_when_stopped: bool = False) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
+def require_alone() -> None:
+    """Raise InputError in one of several processes, for a command that takes one: on a TPU pod, the devices of one
+    host would wait for those of the others."""
+    if find_others() is not None:
+        raise InputError(
+            "this is one of several processes, and the command computes in one: start it outside of srun or mpirun, "
+            "on one host of a TPU pod with JAX_PLATFORMS=cpu"
+        )
+
+
 def is_first() -> bool:
     """Whether this process is the one that talks and writes what there is one of."""
     import jax

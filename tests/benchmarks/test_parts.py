@@ -1,9 +1,33 @@
 """The benchmark runs what training and sampling would run, condition tokens and all."""
 
 import jax
+import pytest
 
-from dit_jax.benchmarks import parts
+from dit_jax.benchmarks import parts, rates
 from dit_jax.config import DiTConfig, base_config
+from dit_jax.training.flops import forward_macs, train_flops
+
+
+def small_config():
+    c = base_config()
+    c.batch_size = 8
+    c.model.update(input_size=8, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+    c.sample.update(steps=2, guidance=1.0)
+    return c
+
+
+def test_utilisation_counts_the_devices_that_a_part_runs_on(monkeypatch):
+    monkeypatch.setattr(rates, "peak_flops", lambda device: 1e9)
+    c = small_config()
+    model = DiTConfig(**c.model)
+    (train,), (sample,), (forward,) = parts.train(c, 1, None), parts.sample(c, 1, None, None), parts.forward(c, 1, None)
+    (beside, _) = parts.sample(c, 1, None, "diffusers")
+    macs, devices = forward_macs(model), jax.device_count()
+    assert devices > 1
+    assert train["mfu"] == pytest.approx(train["median"] * train_flops(model) / (devices * 1e9))
+    assert sample["mfu"] == pytest.approx(sample["median"] * 4 * macs / (devices * 1e9))
+    for row, passes in ((forward, 1), (beside, 2)):  # on one
+        assert row["mfu"] == pytest.approx(row["median"] * 2 * passes * macs / 1e9)
 
 
 def test_a_model_with_a_context_is_measured(monkeypatch):

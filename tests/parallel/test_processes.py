@@ -48,6 +48,14 @@ def test_alone_nothing_is_joined(found):
     assert found() is None
 
 
+def test_a_command_for_one_process_is_refused_in_one_of_several(found):
+    found()
+    processes.require_alone()
+    found(**SLURM)
+    with pytest.raises(InputError, match="one of several processes"):
+        processes.require_alone()
+
+
 def test_flags_come_before_any_environment(found):
     given = found("--coordinator=a:1", "--num_processes=2", "--process_id=0", **SLURM)
     assert given == {

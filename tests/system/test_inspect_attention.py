@@ -134,6 +134,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, tmp_path):
     for told, args in {
         "is there already": [weights, f"--out={folder / 'report'}", *QUICK],
         "--labels=10: expected whole numbers from 0 to 9": [weights, out, *QUICK, "--labels=10"],
+        "one of several processes": [weights, out, "--coordinator=a:1", "--num_processes=2", "--process_id=0"],
         "these heads have no gates": [f"--weights={plain}", out, *QUICK, f"--prune={tmp_path / 'a.safetensors'}"],
     }.items():
         refuses(told, "inspect_attention", *args)

@@ -190,3 +190,11 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert printed.count("wrote") == 1
         figures.append(json.loads(report.read_text())["metrics"])
     assert figures[1] == pytest.approx(figures[0], rel=1e-5) and len(figures[0]) == 4
+
+
+def test_two_processes_are_measured_as_one_system(tmp_path):
+    for part in ("train", "sample"):
+        report = tmp_path / f"{part}.json"
+        printed = Pod(2, 2, "benchmark", part, *SMALL, "--repeats=1", f"--json={report}").succeeds()
+        (row,) = json.loads(report.read_text())
+        assert f"{row['median']:.2f}" in printed and row["name"].startswith(part)
