@@ -19,7 +19,8 @@
 #   RETRIES    times that run --forever tries again after a request or, on a healthy pod, a run that failed (3)
 #   --spot is --SPOT=1; --dry-run prints the commands and runs none.
 #
-# A pod's disks go with it. COMMAND's --workdir is a path, so put it on a disk that all workers share and that
+# Of the checkout the workers get what git tracks, as it is on the disk, and new files of configs/, dit_jax/ and launch/.
+# A pod's disks go with it. COMMAND's --workdir and data are paths, so put them on a disk that all workers share and that
 # outlives them: Filestore (NFS), or a bucket that has a hierarchical namespace, mounted with gcsfuse, at the same place
 # on every worker. SETUP is a command that each worker runs before each start, to mount it unless it is:
 #   SETUP='mountpoint -q /mnt/runs || {
@@ -28,7 +29,8 @@
 # Example:
 #   launch/tpu_pod.sh --type=v5litepod-16 --spot create
 #   launch/tpu_pod.sh --type=v5litepod-16 --spot run --forever -- \
-#     python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --workdir=/mnt/runs/xl
+#     python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --workdir=/mnt/runs/xl \
+#     --config.data.source=latents:/mnt/runs/imagenet256
 set -euo pipefail
 
 NAME=${NAME:-dit}
@@ -141,15 +143,16 @@ install() {
     on_all "mkdir -p dit_jax && tar -xzf dit_jax.tar.gz -C dit_jax && bash dit_jax/launch/tpu_worker.sh install && touch dit_jax/.installed"
 }
 
-# The files that git knows or would add, as they are on the disk; without git, all but what is made here.
+# The checkout's files, as they are on the disk, without what runs in it have made.
 pack() {
+    local own=(configs dit_jax launch)
     if [ -n "$DRY_RUN" ]; then
         echo "tar -C $CHECKOUT -czf $1 (the files of the checkout)"
     elif git -C "$CHECKOUT" rev-parse 2>/dev/null; then
-        git -C "$CHECKOUT" ls-files -z --cached --others --exclude-standard |
+        { git -C "$CHECKOUT" ls-files -z && git -C "$CHECKOUT" ls-files -z --others --exclude-standard "${own[@]}"; } |
             tar -C "$CHECKOUT" --null --files-from=- --ignore-failed-read -czf "$1"
     else
-        tar -C "$CHECKOUT" --exclude=./.venv --exclude=./runs -czf "$1" .
+        tar -C "$CHECKOUT" -czf "$1" "${own[@]}" pyproject.toml requirements.txt README.md LICENSE
     fi
 }
 

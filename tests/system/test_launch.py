@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,24 @@ def test_tpu_pod_from_create_to_delete(standin):
     assert all(int((worker / "step").read_text()) > 0 for worker in workers)
     assert tpu_pod("delete").returncode == 0
     assert tpu_pod("status").stdout == "dit is NONE\n"
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_tpu_pod_sends_the_project_and_not_what_runs_have_made(standin, git):
+    checkout = standin / "checkout"
+    for folder in ("configs", "dit_jax", "launch"):
+        shutil.copytree(ROOT / folder, checkout / folder)
+    for name in (".gitignore", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    if git:
+        subprocess.run("git init -q && git add .", shell=True, cwd=checkout, check=True)
+    for made in ("samples.npz", "runs/xl/checkpoint", "configs/mine.py"):
+        (checkout / made).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / made).write_text("made")
+    assert tpu_pod(f"--checkout={checkout}", "--poll=0.1", "create").returncode == 0
+    sent = standin / "dit-worker1" / "dit_jax"
+    assert (sent / "configs" / "mine.py").read_text() == "made" and (sent / "pyproject.toml").exists()
+    assert not (sent / "samples.npz").exists() and not (sent / "runs").exists()
 
 
 def test_a_preempted_pod_comes_again_and_its_run_goes_on(standin):
