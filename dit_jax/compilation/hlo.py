@@ -88,8 +88,8 @@ class Program:
                     visit(instruction.attribute("body"), times * self.trip_count(instruction))
                 elif instruction.opcode in CALLS:
                     visit(instruction.attribute("to_apply"), times)
-                elif instruction.opcode == "conditional":
-                    for branch in re.findall(r"(?:true|false)_computation=%([\w.\-]+)", instruction.attributes):
+                elif instruction.opcode == "conditional":  # each of them might run
+                    for branch in re.findall(r"%([\w.\-]+)", " ".join(_BRANCHES.findall(instruction.attributes))):
                         visit(branch, times)
 
         visit(self.entry, 1)
@@ -132,9 +132,10 @@ class Program:
             return 0
         operands = [buffer for name in instruction.operands for buffer in known[name].outputs] if known else []
         if opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * written if operands[0].main else written
+            (part,) = instruction.outputs
+            return part.bytes * (operands[0].main + part.main)
         if opcode == "dynamic-update-slice":
-            return 2 * operands[1].bytes if instruction.outputs[0].main else operands[1].traffic
+            return operands[1].bytes * (operands[1].main + instruction.outputs[0].main)
         if opcode in ("copy-start", "slice-start"):
             target = instruction.outputs[1] if opcode == "slice-start" else instruction.outputs[0]
             moved = min(instruction.outputs[0].bytes, instruction.outputs[1].bytes)
@@ -249,6 +250,7 @@ class Program:
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_BRANCHES = re.compile(r"branch_computations={.*?}|(?:true|false)_computation=%[\w.\-]+")
 _BUFFER = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 

@@ -34,6 +34,58 @@ def test_loops_in_loops_multiply():
     assert compiled(many, array(16, 32), array(32, 32)).flops == 15 * 2 * 16 * 32 * 32
 
 
+def test_every_branch_that_might_run_counts():
+    def one_of_two(choice, x, w):
+        return jax.lax.cond(choice, lambda: jnp.tanh(x @ w), lambda: jnp.tanh(jnp.tanh(x @ w) @ w))
+
+    shapes = jax.ShapeDtypeStruct((), bool), array(16, 32), array(32, 32)
+    assert compiled(one_of_two, *shapes).flops == 3 * 2 * 16 * 32 * 32
+    text = """%%left (l: f32[4,4]) -> f32[4,4] {
+  %%l = f32[4,4]{1,0} parameter(0)
+  ROOT %%dot = f32[4,4]{1,0} dot(%%l, %%l), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %%main (p: pred[], x: f32[4,4]) -> f32[4,4] {
+  %%p = pred[] parameter(0)
+  %%x = f32[4,4]{1,0} parameter(1)
+  ROOT %%c = f32[4,4]{1,0} conditional(%%p, %%x, %%x), %s, metadata={op_name="cond"}
+}"""
+    for named in ("true_computation=%left, false_computation=%left", "branch_computations={%left, %left}"):
+        assert Program(text % named).flops == 2 * 2 * 4**3
+
+
+def test_a_loop_whose_counter_takes_steps_runs_until_it_has_passed_its_bound():
+    """As XLA leaves it where it notes no number."""
+    program = Program(
+        """HloModule loop
+
+%body (b: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %b = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%b), index=1
+  %step = s32[] constant(3)
+  %next = s32[] add(%i, %step)
+  %same = s32[] copy(%next)
+  %dot = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %more = (s32[], f32[4,4]{1,0}) tuple(%same, %dot)
+}
+
+%condition (c: (s32[], f32[4,4])) -> pred[] {
+  %c = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %bound = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (m: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %m = (s32[], f32[4,4]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[4,4]{1,0}) while(%m), condition=%condition, body=%body
+}
+"""
+    )
+    assert program.flops == 4 * 2 * 4**3  # at 0, 3, 6 and 9
+
+
 def test_products_are_told_apart_by_their_precision():
     def three(x, w):
         products = [jnp.matmul(x, w, precision=precision) for precision in ("default", "high", "highest")]
@@ -63,6 +115,17 @@ def test_convolutions_count_the_products_that_are_not_with_padding(size, stride,
     assert program.flops == 2 * 2 * inside**2 * 4 * 6
 
 
+def test_convolutions_with_values_or_taps_apart_count_no_product_with_what_is_between():
+    def spread(x, kernel):  # of 22 places a side every third one holds a value
+        layout, sides = ("NHWC", "HWIO", "NHWC"), ((0, 0),) * 2
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), sides, (3, 3), (2, 2), dimension_numbers=layout)
+
+    places = np.arange(22 - 2)[:, None] + 2 * np.arange(2)  # what two taps, two apart, meet
+    met = int((places % 3 == 0).sum())
+    assert met == 14  # of 40
+    assert compiled(spread, array(2, 8, 8, 4), array(2, 2, 4, 6)).flops == 2 * 2 * met**2 * 4 * 6
+
+
 def test_convolutions_that_a_gpu_hands_to_cudnn_count_too():
     """With a bias and a scratch buffer, and labels as XLA chooses them there."""
     program = Program(
@@ -83,6 +146,34 @@ ENTRY %main (x: f32[2,8,8,4], kernel: f32[6,3,3,4], bias: f32[6]) -> f32[2,8,8,6
 def test_reading_and_writing_a_large_array_is_its_traffic():
     program = compiled(lambda x: x * 2.0 + 1.0, array(1024, 1024))
     assert program.traffic == 2 * 4 * 1024 * 1024
+
+
+def test_what_lies_in_a_cores_own_memory_is_no_traffic():
+    """S(1) in a layout: what TPUs fetch ahead, and write back."""
+    program = Program(
+        """HloModule step
+
+ENTRY %main (far: f32[8,64], i: s32[]) -> f32[8,64] {
+  %far = f32[8,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %fetching = (f32[8,64]{1,0:S(1)}, f32[8,64]{1,0}, u32[]) copy-start(%far)
+  %near = f32[8,64]{1,0:S(1)} copy-done(%fetching)
+  %moving = ((f32[8,64]{1,0}), f32[2,64]{1,0}, s32[]) slice-start(%far), slice={[0:2], [0:64]}
+  %two = f32[2,64]{1,0} slice-done(%moving)
+  %row = f32[1,64]{1,0:S(1)} dynamic-slice(%far, %i, %i), dynamic_slice_sizes={1,64}
+  %kept = f32[1,64]{1,0:S(1)} dynamic-slice(%near, %i, %i), dynamic_slice_sizes={1,64}
+  %out = f32[1,64]{1,0} dynamic-slice(%near, %i, %i), dynamic_slice_sizes={1,64}
+  %sum = f32[1,64]{1,0:S(1)} add(%row, %kept)
+  %back = f32[8,64]{1,0} dynamic-update-slice(%far, %sum, %i, %i)
+  %both = f32[8,64]{1,0} dynamic-update-slice(%back, %out, %i, %i)
+  %inner = f32[8,64]{1,0:S(1)} dynamic-update-slice(%near, %sum, %i, %i)
+  ROOT %end = f32[8,64]{1,0} add(%inner, %both)
+}
+"""
+    )
+    row = 4 * 64
+    moved = {i.name: program.moved("main", i) / row for _, i, _ in program.instructions() if program.moved("main", i)}
+    assert moved == {"fetching": 8, "moving": 4, "row": 1, "out": 1, "back": 1, "both": 2, "end": 16}
 
 
 def test_a_slice_of_a_stack_is_all_that_a_loop_reads_of_it():

@@ -30,6 +30,13 @@ def test_a_training_step_computes_what_analysis_says_and_sends_little_more_than_
     assert row["traffic"] > 0 and row["memory"]["live"] > 0
 
 
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "tensor": 4}])
+def test_sums_over_data_and_tensor_are_within_a_tenth_of_the_least(shape):
+    row = report.measure("train", small_config(), make_mesh(shape), None)
+    least = row["collectives_minimum"]["all-reduce"]
+    assert least <= row["collectives"]["all-reduce"]["bytes"] < 1.1 * least
+
+
 def test_recomputation_shows_as_more_products():
     rows = []
     for remat in ("none", "full"):
@@ -58,7 +65,7 @@ def test_sampling_counts_every_step_and_both_halves_of_guidance():
     assert row["flops"]["compiled"] == pytest.approx(row["flops"]["analytic"], rel=0.05)
 
 
-@pytest.mark.parametrize("what", ["train", "sample"])
+@pytest.mark.parametrize("what", ["train", "sample", "encode"])
 def test_the_autoencoder_within_the_program_counts(what):
     config = small_config()
     config.latents, config.sample.steps = "on_the_fly", 5
