@@ -39,6 +39,12 @@ def test_a_tpu_that_is_not_here_is_compiled_for_with_its_own_attention_kernel():
     assert "reduce-scatter" in result.stdout and "all-gather" in result.stdout
 
 
+@pytest.mark.parametrize(("topology", "mesh"), [("v4:2x2x1", "4x1x1"), ("v5e:1x1", "1x1x1")])
+def test_a_tpu_is_one_device_whatever_cores_it_has_and_may_be_alone(topology, mesh):
+    result = succeeds("compile", DIGITS, f"--topology={topology}", "--config.model.depth=1")
+    assert mesh in result.stdout
+
+
 def test_what_slices_exchange_is_told_apart():
     result = succeeds("compile", DIGITS, "--topology=2*v5e:2x2", "--config.mesh.fsdp=4", "--config.batch_size=64")
     assert re.search(r"slice-to-slice: \d+ times, 0\.\d+ GB sent a chip, 0\.\d+ of them out of its", result.stdout)
