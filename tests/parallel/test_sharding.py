@@ -16,11 +16,13 @@ from dit_jax.models.dit import abstract_dit
 from dit_jax.parallel.mesh import make_mesh
 from dit_jax.parallel.sharding import (
     batch_sharding,
+    gather_batch,
     gather_parameters,
     parameter_spec,
     require_shards,
     settled,
     shard_batch,
+    shard_features,
     shares,
     state_sharding,
 )
@@ -102,6 +104,16 @@ def test_tokens_are_settled_where_they_are(sizes):
         program = step.lower(tokens).compile().as_text()
         np.testing.assert_array_equal(step(tokens), tokens)
     assert not re.search("all-(gather|reduce|to-all)|collective-permute", program)
+
+
+def test_the_condition_is_split_by_rows_before_a_product_and_by_columns_after_it():
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    with jax.set_mesh(mesh):
+        c = jax.device_put(jnp.ones((8, 12)), batch_sharding(mesh))
+        for function, spec in ((gather_batch, P("data")), (shard_features, P("data", "fsdp"))):
+            assert jax.jit(function)(c).sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+        odd = jax.device_put(jnp.ones((8, 7)), batch_sharding(mesh))  # columns that four devices cannot share
+        assert jax.jit(shard_features)(odd).sharding.is_equivalent_to(odd.sharding, 2)
 
 
 @pytest.mark.parametrize(("sizes", "copies"), [({"data": 8}, 0), ({"data": 1, "fsdp": 8}, 1)])
