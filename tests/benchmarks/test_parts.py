@@ -16,6 +16,19 @@ def small_config():
     return c
 
 
+def test_a_rate_is_images_by_the_seconds_of_a_run_and_the_first_run_does_not_count(monkeypatch):
+    clock, seconds = [100.0], {"fast": iter([50, 1, 4, 2]), "slow": iter([50, 10, 10, 5])}
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: clock[0])
+
+    def advance(name):
+        clock[0] += next(seconds[name])
+
+    runs = {name: lambda name=name: advance(name) for name in seconds}
+    fast, slow = rates.in_turn(runs, 40, repeats=3)
+    assert fast == {"name": "fast", "median": 20, "lowest": 10, "highest": 40}
+    assert slow == {"name": "slow", "median": 4, "lowest": 4, "highest": 8}
+
+
 def test_utilisation_counts_the_devices_that_a_part_runs_on(monkeypatch):
     monkeypatch.setattr(rates, "peak_flops", lambda device: 1e9)
     c = small_config()
