@@ -30,7 +30,7 @@
 #   launch/tpu_pod.sh --type=v5litepod-16 --spot create
 #   launch/tpu_pod.sh --type=v5litepod-16 --spot run --forever -- \
 #     python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --workdir=/mnt/runs/xl \
-#     --config.data.source=latents:/mnt/runs/imagenet256
+#     --config.data.source=latents:/mnt/runs/imagenet256 --config.mesh.fsdp=16
 set -euo pipefail
 
 NAME=${NAME:-dit}
