@@ -37,6 +37,9 @@ def test_a_tpu_that_is_not_here_is_compiled_for_with_its_own_attention_kernel():
     (line,) = [line for line in result.stdout.splitlines() if "2x2x1" in line]
     assert line.split()[3:5] == ["flash", "yes"]
     assert "reduce-scatter" in result.stdout and "all-gather" in result.stdout
+    # Attention is a quarter of the work, and its kernel makes seven products where analysis counts six.
+    compiled = float(re.search(r"analytic without recomputation \((.*)\)", result.stdout)[1])
+    assert compiled == pytest.approx(1 + 1 / 4 / 6, abs=0.01)
 
 
 @pytest.mark.parametrize(("topology", "mesh"), [("v4:2x2x1", "4x1x1"), ("v5e:1x1", "1x1x1")])
