@@ -87,9 +87,10 @@ def test_a_new_autoencoder_works_and_keeps_the_scale_of_its_input():
     assert 0.1 < image.std() < 10
 
 
-def test_stable_diffusions_has_its_parameters():
-    _, shapes = abstract_autoencoder(AutoencoderConfig())
-    leaves = jax.tree.leaves(shapes)
+def test_stable_diffusions_has_its_parameters_and_its_scale():
+    config = AutoencoderConfig()
+    assert (config.scaling_factor, config.shift_factor) == (0.18215, 0)
+    leaves = jax.tree.leaves(abstract_autoencoder(config)[1])
     assert (len(leaves), sum(math.prod(leaf.shape) for leaf in leaves)) == (248, 83_653_863)
 
 

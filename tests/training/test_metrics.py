@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from dit_jax.errors import InputError
+from dit_jax.training import metrics
 from dit_jax.training.metrics import NotFiniteError, TrainingLog
 
 
-def open_log(workdir, first_step, log_every=1):
-    sizes = {"log_every": log_every, "batch_size": 1, "flops_per_image": 1, "peak_flops": None}
+def open_log(workdir, first_step, log_every=1, **changes):
+    sizes = {"log_every": log_every, "batch_size": 1, "flops_per_image": 1, "peak_flops": None} | changes
     return TrainingLog(workdir, first_step=first_step, last_step=9, **sizes)
 
 
@@ -44,6 +45,23 @@ def test_what_a_checkpoint_holds_of_a_line_stays_as_it_was_while_steps_are_added
             asked.append(log.unfinished())
     counts = [(line["count"], line["sums"].get("loss")) for line in (ask() for ask in asked)]
     assert counts == [(1, 1.0), (2, 3.0), (0, None), (1, 4.0), (2, 9.0)]
+
+
+def test_images_a_second_and_utilisation_leave_out_the_first_step_and_what_is_done_in_a_pause(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    with open_log(tmp_path, first_step=0, log_every=2, batch_size=8, flops_per_image=50, peak_flops=1000.0) as log:
+        for step in range(1, 6):
+            clock[0] += 2.0 if step > 1 else 60.0
+            log.dispatched(step, {"loss": jnp.float32(step)})
+            if step == 3:
+                with log.pause():
+                    clock[0] += 1000.0
+        log.catch_up()
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["step"], first["loss"]) == (2, 1.5) and (second["step"], second["loss"]) == (4, 3.5)
+    for line in (first, second):
+        assert line["images_per_second"] == 4 and line["mfu"] == 4 * 50 / 1000
 
 
 @pytest.mark.parametrize("step", [2, 3])
