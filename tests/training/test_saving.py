@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from dit_jax.checkpoints import store as store_module
 from dit_jax.checkpoints.store import CheckpointStore, copied
-from dit_jax.parallel import memory
 from dit_jax.parallel.mesh import make_mesh
 
 
@@ -127,35 +126,3 @@ def test_memory_for_copies_is_read_while_it_is_idle_and_left_alone_by_a_save(tmp
 
 def pointers(tree: dict) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for leaf in tree.values() for shard in leaf.addressable_shards]
-
-
-class Device:
-    platform = "gpu"
-
-    def __init__(self, limit: int):
-        self.limit = limit
-
-    def memory_stats(self) -> dict:
-        return {"bytes_limit": self.limit}
-
-
-PART = (64 * 48 * 4 + 48 * 4) // 8  # of the state, for each device: what several hold is copied once
-
-
-@pytest.mark.parametrize(("platform", "otherwise"), [("gpu", "pinned_host"), ("cpu", None)])
-def test_the_copy_goes_where_the_step_leaves_room(monkeypatch, step, platform, otherwise):
-    tree = state()
-    monkeypatch.setattr(memory, "live_bytes", lambda program: 5 * PART)
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    for limit, place in ((6 * PART / 0.9 + 1, "device"), (6 * PART / 0.9 - 1, otherwise)):
-        monkeypatch.setattr(memory, "device_bytes", lambda limit=limit: limit)
-        assert memory.memory_for_copy(tree, step, tree) == place
-    monkeypatch.setattr(memory, "device_bytes", lambda: 1e9)
-    monkeypatch.setattr(memory.processes, "gather", lambda value: [value, "no"])  # another process has none
-    assert memory.memory_for_copy(tree, step, tree) == otherwise
-
-
-def test_the_memory_of_a_device_is_what_it_says_and_a_cpu_has_its_share_of_the_machines(monkeypatch):
-    assert 2**27 < 8 * memory.device_bytes() < 2**50
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device(1000)])
-    assert memory.device_bytes() == 1000
