@@ -1,4 +1,4 @@
-"""What is written of a state must stay as it was, and find room on the devices."""
+"""What is written of a state must stay as it was."""
 
 import threading
 
